@@ -1,0 +1,32 @@
+# make demo    convert a sample model at 4 bits on average and compare it with the original
+# make test    run the tests
+# make lint    ruff, then mypy on the package
+#
+# Each sets up .venv first, once. Paths are relative and programs run as
+# modules, so that the folder may stand anywhere, spaces included.
+
+PYTHON ?= $(or $(shell command -v python3 2>/dev/null),python)
+RUN := .venv/bin/python -m
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	mkdir -p build
+	$(RUN) onnx_attnround models/digits_resnet.onnx build/digits_resnet.int.onnx \
+		--calib models/digits_calib.npz --eval models/digits_eval.npz --mean-bits 4
+
+test: .venv/installed
+	$(RUN) pytest
+
+lint: .venv/installed
+	$(RUN) ruff check .
+	$(RUN) mypy --strict onnx_attnround
+
+# torch goes first and by itself, so that a local build of the pinned version,
+# where pip has one at hand, is preferred to the index's.
+.venv/installed: pyproject.toml constraints.txt
+	"$(PYTHON)" -m venv .venv
+	$(RUN) pip install -q -c constraints.txt torch
+	$(RUN) pip install -q -c constraints.txt -e ".[dev]"
+	touch .venv/installed

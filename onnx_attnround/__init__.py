@@ -1,0 +1,45 @@
+"""Post-training quantisation of ONNX models by Attention Round: ONNX in, standard QDQ out.
+
+    from onnx_attnround import QuantConfig, quantize
+
+    quantize("in.onnx", "samples.npz", QuantConfig(weight_bits=4), output="out.onnx")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import (
+    AttnRoundError,
+    CalibrationError,
+    ConfigError,
+    GateError,
+    ModelError,
+    OutputError,
+)
+
+if TYPE_CHECKING:
+    from onnx_attnround.pipeline import QuantizeResult, make_plan, quantize
+
+__all__ = [
+    "AttnRoundError",
+    "CalibrationError",
+    "ConfigError",
+    "GateError",
+    "ModelError",
+    "OutputError",
+    "QuantConfig",
+    "QuantizeResult",
+    "make_plan",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline, and with it torch and ONNX Runtime, when it is first asked for."""
+    if name in ("QuantizeResult", "make_plan", "quantize"):
+        from onnx_attnround import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

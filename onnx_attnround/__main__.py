@@ -1,0 +1,364 @@
+"""The command line: ``python -m onnx_attnround IN.onnx OUT.onnx --calib PATH``.
+
+Standard output carries the result, standard error the progress and the errors.
+What is slow to import is imported when it is needed, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from onnx_attnround.config import QuantConfig, read_config
+from onnx_attnround.errors import AttnRoundError, ConfigError, GateError
+from onnx_attnround.targets import TARGETS, WeightStorage
+
+if TYPE_CHECKING:
+    from onnx_attnround.pipeline import QuantizeResult
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+EPILOG = "\n\n".join((
+    "Examples:",
+    "onnx-attnround in.onnx out.onnx --calib samples.npz",
+    "onnx-attnround in.onnx out.onnx --calib photos/ --preprocess imagenet",
+    "onnx-attnround in.onnx out.onnx --calib c.npz --mean-bits 4 --min-sqnr 20",
+    "onnx-attnround in.onnx --weight-bits 4 --exclude '/head/*' --dry-run",
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 gate missed, 130 interrupted.",
+))  # fmt: skip
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user asked for, beside the config."""
+
+    model: Path
+    output: Path | None
+    calib: Path | None
+    preprocess: str | None
+    evaluation: Path | None
+    config_file: Path | None
+    report: Path | None
+    dry_run: bool
+    quiet: bool
+    verbose: bool
+
+
+def _choices(key: str) -> tuple[Any, ...]:
+    return get_args(QuantConfig.model_fields[key].annotation)
+
+
+def _setting(key: str, help: str, *, panel: str, choices: Sequence[Any] = ()) -> Any:
+    """The option for a key of ``QuantConfig``: it tells the default, and is ``None`` if unset."""
+    default = QuantConfig.model_fields[key].default
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    listed = f": {', '.join(map(str, choices))}." if choices else ""
+    told = f" Default: {default}." if default not in (None, "") else ""
+    return typer.Option(help=f"{help}{listed}{told}", rich_help_panel=panel)
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"onnx-attnround {metadata.version('onnx-attnround')}")
+    except metadata.PackageNotFoundError:
+        typer.echo("onnx-attnround, version unknown: run from its sources, not installed")
+    raise typer.Exit
+
+
+_DATA, _BITS, _HOW, _OUT = "Samples", "Bits", "Method and target", "Run and result"
+
+
+@app.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
+    ctx: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to quantise.")],
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Where the quantised model goes.")
+    ] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibration samples, unlabelled: .npz with input names as keys, .npy, an image, "
+            "a folder of these, or of ONNX test_data_set_*. Without: a test_data_set_* beside IN, "
+            "else weights only.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            help="How images become inputs: imagenet, cifar10, unit, tf, or a TOML file.",
+            metavar="NAME|FILE",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            help="Samples to verify on, as for --calib; an .npz with `labels` adds top-1.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, _setting("samples", "Calibration samples used at most.", panel=_DATA)
+    ] = None,
+    batch_size: Annotated[
+        int | None, _setting("batch_size", "Samples run at a time.", panel=_DATA)
+    ] = None,
+    weight_bits: Annotated[
+        int | None, _setting("weight_bits", "Bits of the weights, 2 to 8.", panel=_BITS)
+    ] = None,
+    act_bits: Annotated[
+        int | None,
+        _setting(
+            "act_bits",
+            "Bits of the activations, 32 leaves them in float",
+            panel=_BITS,
+            choices=_choices("act_bits"),
+        ),
+    ] = None,
+    mean_bits: Annotated[
+        float | None,
+        _setting(
+            "mean_bits",
+            "Mixed precision: mean bits per weight, each layer's chosen among --bit-choices.",
+            panel=_BITS,
+        ),
+    ] = None,
+    bit_choices: Annotated[
+        str | None, _setting("bit_choices", "Bits that --mean-bits chooses among.", panel=_BITS)
+    ] = None,
+    first_last_bits: Annotated[
+        int | None,
+        _setting("first_last_bits", "Bits of the first and the last layers.", panel=_BITS),
+    ] = None,
+    method: Annotated[
+        str | None,
+        _setting("method", "How weights are rounded", panel=_HOW, choices=_choices("method")),
+    ] = None,
+    observer: Annotated[
+        str | None,
+        _setting(
+            "observer", "How activation ranges are found", panel=_HOW, choices=_choices("observer")
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        _setting("target", "The runtime to write for", panel=_HOW, choices=tuple(TARGETS)),
+    ] = None,
+    weight_storage: Annotated[
+        str | None,
+        _setting(
+            "weight_storage",
+            "How weights of up to 4 bits are stored, by default as the target wants",
+            panel=_HOW,
+            choices=get_args(WeightStorage),
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        _setting("include", "Only nodes whose name fits this glob; repeatable.", panel=_HOW),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        _setting("exclude", "No nodes whose name fits this glob; repeatable.", panel=_HOW),
+    ] = None,
+    seed: Annotated[int | None, _setting("seed", "Seed of all randomness.", panel=_OUT)] = None,
+    threads: Annotated[
+        int | None, _setting("threads", "CPU threads. Default: all cores.", panel=_OUT)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of settings, named as here with _ for -; options given here win.",
+            rich_help_panel=_OUT,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be quantised; write nothing.", rich_help_panel=_OUT
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write all figures to this .json file.", rich_help_panel=_OUT),
+    ] = None,
+    min_sqnr: Annotated[
+        float | None,
+        _setting("min_sqnr", "Gate: least SQNR of any output, in dB.", panel=_OUT),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        _setting(
+            "max_drop",
+            "Gate: most points of top-1 lost; without labels, points of disagreement with float.",
+            panel=_OUT,
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_OUT)
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Also print every layer, and tracebacks of errors.",
+            rich_help_panel=_OUT,
+        ),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version.",
+            rich_help_panel=_OUT,
+        ),
+    ] = False,
+) -> int:
+    """Quantise the ONNX model IN after training, and write it to OUT with Q/DQ nodes."""
+    options = Options(
+        model=model,
+        output=output,
+        calib=calib,
+        preprocess=preprocess,
+        evaluation=evaluation,
+        config_file=config,
+        report=report,
+        dry_run=dry_run,
+        quiet=quiet,
+        verbose=verbose,
+    )
+    return _exit_code(lambda: _run(options, _config(config, ctx.params)), verbose=verbose)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line on ``arguments`` (default: the process's); returns the exit code."""
+    try:
+        code = app(arguments, prog_name="onnx-attnround", standalone_mode=False)
+    except Exception as error:
+        # typer has no public base class of its usage errors; they alone word themselves.
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(f"{error.format_message()} (try --help)", ConfigError.exit_code)
+    return int(code or 0)
+
+
+def _exit_code(work: Callable[[], None], *, verbose: bool) -> int:
+    """Do ``work``; word what it raises in one line, with a traceback if ``verbose``."""
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = _worded(error)
+        _fail(message, code)
+        if verbose:
+            traceback.print_exc()
+        return code
+    return 0
+
+
+def _worded(error: BaseException) -> tuple[str, int]:
+    """The message and the exit code of an error."""
+    if isinstance(error, AttnRoundError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    return f"unexpected {type(error).__name__}: {error}; please report this", 1
+
+
+def _fail(message: str, code: int) -> int:
+    """Print the one line of an error; returns ``code``."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _config(path: Path | None, given: dict[str, Any]) -> QuantConfig:
+    """The file's settings, overridden by the options that were given."""
+    settings = {} if path is None else read_config(path)
+    for key in QuantConfig.model_fields:
+        if (value := given.get(key)) not in (None, [], ()):
+            settings[key] = value.split(",") if key == "bit_choices" else value
+    return QuantConfig.parse(settings)
+
+
+def _run(options: Options, config: QuantConfig) -> None:
+    _check(options)
+    if options.dry_run:
+        _dry_run(options, config)
+    else:
+        _quantize(options, config)
+
+
+def _check(options: Options) -> None:
+    """Raise ``ConfigError`` for options that do not go together."""
+    if options.output is None and not options.dry_run:
+        raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
+    if options.report is not None and options.report.suffix.lower() != ".json":
+        raise ConfigError(f"--report '{options.report}': expected a file name that ends in .json")
+    if options.quiet and options.verbose:
+        raise ConfigError("--quiet and --verbose contradict each other: give one of them")
+
+
+def _dry_run(options: Options, config: QuantConfig) -> None:
+    from onnx_attnround.pipeline import make_plan
+    from onnx_attnround.progress import console_on
+    from onnx_attnround.report import plan_tables
+
+    console_on(sys.stdout).print(plan_tables(*make_plan(options.model, config)))
+
+
+def _quantize(options: Options, config: QuantConfig) -> None:
+    """The run: quantise, print, write the report; a missed gate is reported all the same."""
+    from onnx_attnround.graph import check_output
+    from onnx_attnround.pipeline import quantize
+    from onnx_attnround.preprocess import load_preprocess
+    from onnx_attnround.progress import shown
+
+    if options.report is not None:
+        check_output(options.report)
+    preprocess = None if options.preprocess is None else load_preprocess(options.preprocess)
+    try:
+        with shown(quiet=options.quiet, verbose=options.verbose) as on_event:
+            result = quantize(
+                options.model,
+                options.calib,
+                config,
+                output=options.output,
+                evaluation=options.evaluation,
+                preprocess=preprocess,
+                on_event=on_event,
+            )
+    except GateError as error:
+        if (missed := getattr(error, "result", None)) is not None:
+            _tell(missed, options, config, output=None)
+        raise
+    _tell(result, options, config, output=options.output)
+
+
+def _tell(
+    result: QuantizeResult, options: Options, config: QuantConfig, *, output: Path | None
+) -> None:
+    from onnx_attnround.progress import console_on
+    from onnx_attnround.report import console, write_json
+
+    if options.report is not None:
+        write_json(options.report, result, config)
+    if not options.quiet:
+        console_on(sys.stdout).print(console(result, output=output, verbose=options.verbose))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

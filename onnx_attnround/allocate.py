@@ -1,0 +1,114 @@
+"""Bits per layer from the lossy coding length of its weights.
+
+For the weights of a layer as ``m`` vectors in ``R^n``, the number of bits that
+code them up to a mean squared error ``eps^2`` is (Ma, Derksen, Hong and Wright,
+"Segmentation of Multivariate Mixed Data via Lossy Coding and Compression",
+IEEE TPAMI 2007)
+
+    L(W) = (m + n)/2 * log2 det(I + n/(m eps^2) W W').
+
+Here ``eps^2`` is a fixed share of the power of the vectors, so that rescaling a
+layer does not change its bits. The more bits a weight takes to code, the wider
+its codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.records import Array, BitAllocation, LayerPlan
+
+DISTORTION = 4.0**-4  # eps^2 as a share of the mean power of the vectors
+
+
+def coding_length(matrix: Array) -> float:
+    """Lossy coding length of the rows of ``matrix [m, n]``, in bits per entry.
+
+    Zero for an all-zero matrix; invariant to a common factor.
+    """
+    rows = matrix.astype(np.float64)
+    m, n = rows.shape
+    power = float((rows * rows).sum()) / m
+    if power == 0.0:
+        return 0.0
+    gram = rows @ rows.T if m <= n else rows.T @ rows
+    gram *= n / (m * DISTORTION * power)
+    _, log_determinant = np.linalg.slogdet(np.eye(len(gram)) + gram)
+    return (m + n) / 2 * float(log_determinant) / np.log(2.0) / (m * n)
+
+
+def allocate(
+    layers: Sequence[LayerPlan], matrices: Mapping[str, Array], config: QuantConfig
+) -> BitAllocation:
+    """Bits per layer: pinned ones as asked, the others uniform or under ``mean_bits``.
+
+    ``matrices`` holds each layer's weight as ``[g, o, d]``, by node name.
+    """
+    lengths = {
+        layer.node: coding_length(matrices[layer.node].reshape(-1, matrices[layer.node].shape[-1]))
+        for layer in layers
+    }
+    bits = {layer.node: _pinned(layer, config) for layer in layers}
+    free = [layer for layer in layers if bits[layer.node] is None]
+    chosen = {layer.node: config.weight_bits for layer in free}
+    if config.mean_bits is not None and free:
+        sizes = [layer.parameters for layer in free]
+        rates = [lengths[layer.node] for layer in free]
+        widths = under_budget(rates, sizes, config.bit_choices, config.mean_bits)
+        chosen = {layer.node: width for layer, width in zip(free, widths, strict=True)}
+    result = {node: chosen[node] if width is None else width for node, width in bits.items()}
+    total = sum(layer.parameters for layer in free)
+    spent = sum(layer.parameters * result[layer.node] for layer in free)
+    return BitAllocation(
+        bits=result, coding_length=lengths, mean_bits=spent / total if total else float("nan")
+    )
+
+
+def under_budget(
+    rates: Sequence[float], sizes: Sequence[int], choices: Sequence[int], mean_bits: float
+) -> list[int]:
+    """The widest codes whose size-weighted mean is within ``mean_bits``, in the order of ``rates``.
+
+    A layer with a higher rate never gets fewer bits than one with a lower rate.
+    Each layer takes the widest choice within ``rate + c``, for the largest ``c``
+    that the budget admits; what then is left goes to the highest rates that it fits.
+    """
+    order = sorted(range(len(rates)), key=lambda i: (-rates[i], i))
+    budget = mean_bits * sum(sizes)
+    level = [0] * len(rates)
+
+    def cost(levels: Sequence[int]) -> int:
+        return sum(size * choices[at] for size, at in zip(sizes, levels, strict=True))
+
+    offsets = sorted({choice - rate for rate in rates for choice in choices})
+    for offset in offsets:
+        trial = [_level(rate + offset, choices) for rate in rates]
+        if cost(trial) > budget:
+            break
+        level = trial
+    for position, i in enumerate(order):
+        while level[i] + 1 < len(choices):
+            raised = level[:i] + [level[i] + 1] + level[i + 1 :]
+            above = order[position - 1] if position else None
+            if cost(raised) > budget or (above is not None and raised[i] > level[above]):
+                break
+            level = raised
+    return [choices[at] for at in level]
+
+
+def _level(wanted: float, choices: Sequence[int]) -> int:
+    """Index of the widest choice within ``wanted`` (rounding error forgiven), at least 0."""
+    return max(sum(choice <= wanted + 1e-9 for choice in choices) - 1, 0)
+
+
+def _pinned(layer: LayerPlan, config: QuantConfig) -> int | None:
+    for pattern, bits in config.layer_bits.items():
+        if fnmatchcase(layer.node, pattern):
+            return bits
+    if layer.first_or_last:
+        return max(config.first_last_bits, config.weight_bits)
+    return None

@@ -1,0 +1,90 @@
+"""The user's choices, validated when they are made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from onnx_attnround.errors import ConfigError
+from onnx_attnround.targets import WeightStorage, get_target
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class QuantConfig(BaseModel):
+    """Everything that decides the bytes of the output; the keys of a ``--config`` file.
+
+    Build it with keywords (``pydantic.ValidationError`` on a mistake) or with
+    :meth:`parse` (one-line ``ConfigError``).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str = "ort"
+    weight_bits: Bits = 8
+    act_bits: Literal[4, 8, 16, 32] = 8
+    mean_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    bit_choices: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+    first_last_bits: Bits = 8
+    layer_bits: dict[str, Bits] = Field(default_factory=dict)
+    method: Literal["attention", "adaround", "nearest"] = "attention"
+    observer: Literal["minmax", "percentile", "entropy", "mse"] = "mse"
+    samples: Annotated[int, Field(ge=1)] = 1024
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    seed: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(ge=0)] = 100
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    weight_storage: WeightStorage | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
+    activation_memory_mb: Annotated[int, Field(ge=1)] = 256
+    min_sqnr: float | None = None
+    max_drop: float | None = None
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, value: str) -> str:
+        try:
+            return get_target(value).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("bit_choices")
+    @classmethod
+    def _sorted_choices(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("bit_choices is empty: give at least one width from 2 to 8")
+        return tuple(sorted(set(value)))
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """Validate ``values``; raises ``ConfigError`` that names the first wrong key."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(_first_line(error)) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file, not yet validated; raises ``ConfigError``."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read config '{path}': {error}") from error
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown option '{key}': expected one of {', '.join(QuantConfig.model_fields)}"
+    return f"option '{key}': {first['msg']}, got {first['input']!r}"

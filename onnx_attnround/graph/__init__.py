@@ -1,0 +1,40 @@
+"""ONNX files in and out: load, check, save, and the few edits every stage needs.
+
+A model in memory is an ``onnx_ir.Model``. Weights in external data files stay
+memory-mapped until somebody asks for their values. No function changes the
+model that it is given, but for ``name_nodes`` and the target of
+``copy_signature``.
+"""
+
+from __future__ import annotations
+
+from onnx_attnround.graph.editing import (
+    copy_signature,
+    in_memory,
+    input_specs,
+    name_nodes,
+    reason,
+    tensor_value,
+    through_proto,
+    with_outputs,
+)
+from onnx_attnround.graph.loading import load
+from onnx_attnround.graph.opset import raise_opset
+from onnx_attnround.graph.saving import check_output, fits_inline, save, write_atomic
+
+__all__ = [
+    "check_output",
+    "copy_signature",
+    "fits_inline",
+    "in_memory",
+    "input_specs",
+    "load",
+    "name_nodes",
+    "raise_opset",
+    "reason",
+    "save",
+    "tensor_value",
+    "through_proto",
+    "with_outputs",
+    "write_atomic",
+]

@@ -1,0 +1,152 @@
+"""Small reads and edits that every stage needs; the model given stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from onnx_attnround.errors import ModelError
+from onnx_attnround.records import Array, InputSpec
+
+_WITHHELD = 1024  # larger constants (bytes) are not shown to the C++ passes of onnx
+
+
+def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
+    """What must be fed to the model; inputs that have a default value are left out.
+
+    Raises:
+        ModelError: an input is no tensor, or its number of dimensions is unknown.
+    """
+    return tuple(
+        _input_spec(value)
+        for value in model.graph.inputs
+        if value.name not in model.graph.initializers
+    )
+
+
+def tensor_value(model: ir.Model, name: str) -> Array:
+    """The constant ``name`` of the main graph; raises ``ModelError`` if there is none."""
+    value = model.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        raise ModelError(f"tensor '{name}' is not a constant of the model; give an initializer")
+    return value.const_value.numpy()
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy whose outputs are exactly the values ``names``, without what they do not need.
+
+    A value of unknown type is taken to be float32.
+
+    Raises:
+        ModelError: the main graph has no value of that name.
+    """
+    result = model.clone()
+    values = ir.convenience.create_value_mapping(result.graph, include_subgraphs=False)
+    if unknown := [name for name in names if name not in values]:
+        raise ModelError(f"the model has no tensor '{unknown[0]}'; check the name")
+    result.graph.outputs.clear()
+    result.graph.outputs.extend(values[name] for name in names)
+    for value in result.graph.outputs:
+        if value.type is None:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    common.RemoveUnusedNodesPass()(result)
+    return result
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own, in place: plans and reports key nodes by name."""
+    nodes = list(model.graph.all_nodes())
+    taken = {node.name for node in nodes}
+    seen: set[str] = set()
+    counters: dict[str, Iterator[int]] = {}
+    for node in nodes:
+        if not node.name or node.name in seen:
+            stem = node.name or node.op_type
+            numbers = counters.setdefault(stem, count())
+            node.name = next(
+                name for number in numbers if (name := f"{stem}_{number}") not in taken
+            )
+        seen.add(node.name)
+
+
+def in_memory(model: ir.Model) -> ir.Model:
+    """A copy that refers to no external data file when it is serialised."""
+    result = model.clone()
+    for graph in result.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    return result
+
+
+def through_proto(
+    model: ir.Model, convert: Callable[[onnx.ModelProto], onnx.ModelProto]
+) -> ir.Model:
+    """The model that ``convert`` makes of a copy; large constants are withheld from it.
+
+    ``convert`` sees them as graph inputs of the same name. They are put back
+    into its result, so that models of any size pass.
+    """
+    light = model.clone()
+    inputs = {value.name for value in light.graph.inputs}
+    withheld: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(light.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _WITHHELD:
+            continue
+        withheld[name] = tensor
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
+        value.const_value = None
+        light.graph.initializers.pop(name)
+        if name not in inputs:
+            light.graph.inputs.append(value)
+    graph = (result := ir.from_proto(convert(ir.to_proto(light)))).graph
+    for value in graph.inputs:
+        if value.name in withheld:
+            value.const_value = withheld[value.name]
+            graph.register_initializer(value)
+    kept = [value for value in graph.inputs if value.name in inputs]
+    graph.inputs.clear()
+    graph.inputs.extend(kept)
+    return result
+
+
+def copy_signature(source: ir.Model, target: ir.Model) -> None:
+    """Give the inputs and outputs of ``target`` the types and dimensions of ``source``.
+
+    Raises:
+        ModelError: they do not have the same names in the same order.
+    """
+    for kind in ("inputs", "outputs"):
+        wanted, found = getattr(source.graph, kind), getattr(target.graph, kind)
+        if [value.name for value in wanted] != [value.name for value in found]:
+            raise ModelError(
+                f"the rewritten model has {kind} {[value.name for value in found]}, "
+                f"expected {[value.name for value in wanted]}"
+            )
+        for old, new in zip(wanted, found, strict=True):
+            new.type = old.type or new.type
+            new.shape = new.shape if old.shape is None else old.shape.copy()
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong at the bottom of a chain of errors, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _input_spec(value: ir.Value) -> InputSpec:
+    if not isinstance(value.type, ir.TensorType) or value.shape is None:
+        raise ModelError(
+            f"input '{value.name}' has type {value.type} and shape {value.shape}, expected a "
+            "tensor with a known number of dimensions; export the model with input shapes"
+        )
+    # Some exporters write -1 or 0 for a dynamic dimension.
+    shape = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape)
+    return InputSpec(name=str(value.name), dtype=value.type.dtype.numpy(), shape=shape)

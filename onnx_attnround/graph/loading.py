@@ -1,0 +1,83 @@
+"""ONNX files in: what is read has been checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from onnx_attnround.errors import ModelError
+from onnx_attnround.graph.editing import name_nodes, reason
+
+
+def load(path: Path) -> ir.Model:
+    """The checked model in ``path``, every node with a unique name.
+
+    Raises:
+        ModelError: the file or its external data is missing, unreadable,
+            truncated or outside the model's folder, or is not valid ONNX.
+    """
+    proto = _parse(path)
+    try:
+        for tensor in proto.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                _check_external(tensor, path)
+        onnx.checker.check_model(str(path))
+        model = ir.from_proto(proto)
+    except (onnx.checker.ValidationError, ir.serde.SerdeError, ValueError) as error:
+        raise ModelError(
+            f"'{path}' is not a valid ONNX model: {reason(error)}; export it again"
+        ) from error
+    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
+    name_nodes(model)
+    return model
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ModelError(f"model '{path}' {what}; give the path of an ONNX file")
+    try:
+        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise ModelError(
+            f"cannot read model '{path}': {error.strerror}; check its permissions"
+        ) from error
+    except DecodeError as error:
+        raise ModelError(
+            f"'{path}' is not an ONNX file, or is truncated; download or export it again"
+        ) from error
+    if not proto.HasField("graph"):
+        raise ModelError(f"'{path}' holds no graph, so it is not a model; export it again")
+    if proto.graph.sparse_initializer:
+        name = proto.graph.sparse_initializer[0].values.name
+        raise ModelError(
+            f"sparse initializer '{name}' of '{path}' is not supported; store it as dense tensor"
+        )
+    return proto
+
+
+def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
+    """Raise ``ModelError`` unless the tensor's data lie in a file below the model's folder."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    folder = path.parent.resolve()
+    file = folder / location
+    where = f"external data '{location}' of tensor '{tensor.name}' in '{path}'"
+    if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(folder):
+        raise ModelError(f"{where} is outside the model's folder; put the file beside the model")
+    if not file.is_file():
+        raise ModelError(f"{where} does not exist; put the file beside the model")
+    status = file.stat()
+    if status.st_nlink > 1:
+        raise ModelError(
+            f"{where} has {status.st_nlink} hard links, which onnx refuses to read; copy the file"
+        )
+    end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+    if status.st_size < end:
+        raise ModelError(
+            f"{where} has {status.st_size} bytes, expected at least {end}; "
+            "download or export it again"
+        )

@@ -1,0 +1,286 @@
+"""The op table: for each weighted op, how its weight and its input become matrices.
+
+Every weighted op is, at each output position, ``y = W x`` with ``W [g, o, d]``
+(groups, outputs per group, inputs per group times kernel) and a patch
+``x [g, d]`` of the input. A row of ``WEIGHTED_OPS`` says how to get both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_attnround.records import Array, LayerPlan
+
+if TYPE_CHECKING:
+    import torch
+
+Attributes = Mapping[str, Any]
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedOp:
+    """One row of the table.
+
+    ``rank_error`` says why a weight shape is not handled (``None`` if it is);
+    ``channel_axis`` is the output-channel axis of the ONNX weight;
+    ``to_matrix`` maps that weight to ``[g, o, d]`` and ``from_matrix`` back;
+    ``grid`` gives the patches of an input batch; ``macs`` counts
+    multiply-accumulates per sample from the shapes of weight, x and y.
+    """
+
+    rank_error: Callable[[Attributes, Shape], str | None]
+    channel_axis: Callable[[Attributes], int]
+    to_matrix: Callable[[Array, Attributes], Array]
+    from_matrix: Callable[[Array, Attributes, Shape], Array]
+    grid: Callable[[torch.Tensor, Attributes, Shape], Grid]
+    macs: Callable[[Attributes, Shape, Shape, Shape], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """All patches of one input batch, as a strided view that copies nothing.
+
+    ``view`` is ``[n, c, *positions, *kernel]``; ``groups`` splits ``c``.
+    """
+
+    view: torch.Tensor
+    positions: tuple[int, ...]
+    groups: int
+
+    @property
+    def count(self) -> int:
+        """Output positions per sample."""
+        return math.prod(self.positions)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Patches ``[n*p, g, d]`` at the flat positions ``index [n, p]``."""
+        import torch
+
+        samples = torch.arange(index.shape[0], device=index.device)[:, None]
+        where = torch.unravel_index(index, self.positions)
+        picked = self.view[(samples, slice(None), *where)]
+        return picked.reshape(index.numel(), self.groups, -1)
+
+
+# --- Conv and ConvTranspose -------------------------------------------------------------
+
+
+def _spatial(attributes: Attributes, kernel: Shape) -> tuple[list[int], list[int]]:
+    ones = [1] * len(kernel)
+    return list(attributes.get("strides") or ones), list(attributes.get("dilations") or ones)
+
+
+def conv_pads(attributes: Attributes, sizes: Shape, kernel: Shape) -> list[int]:
+    """ONNX ``pads`` (begins, then ends) with ``auto_pad`` resolved for an input of ``sizes``."""
+    mode = attributes.get("auto_pad", "NOTSET")
+    if mode in ("NOTSET", ""):
+        return list(attributes.get("pads") or [0] * (2 * len(kernel)))
+    if mode == "VALID":
+        return [0] * (2 * len(kernel))
+    strides, dilations = _spatial(attributes, kernel)
+    total = [
+        max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        for size, s, k, d in zip(sizes, strides, kernel, dilations, strict=True)
+    ]
+    return _split_pads(total, upper=mode == "SAME_UPPER")
+
+
+def _split_pads(total: Sequence[int], *, upper: bool) -> list[int]:
+    small = [t // 2 for t in total]
+    large = [t - s for t, s in zip(total, small, strict=True)]
+    return small + large if upper else large + small
+
+
+def _pad(x: torch.Tensor, pads: Sequence[int]) -> torch.Tensor:
+    import torch.nn.functional as F
+
+    rank = len(pads) // 2
+    order = [p for axis in reversed(range(rank)) for p in (pads[axis], pads[axis + rank])]
+    return F.pad(x, order) if any(order) else x
+
+
+def _window_view(
+    x: torch.Tensor, kernel: Shape, strides: Shape, dilations: Shape, groups: int
+) -> Grid:
+    positions = tuple(
+        (size - (k - 1) * d - 1) // s + 1
+        for size, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
+    )
+    steps = x.stride()
+    view = x.as_strided(
+        (x.shape[0], x.shape[1], *positions, *kernel),
+        (
+            *steps[:2],
+            *(step * s for step, s in zip(steps[2:], strides, strict=True)),
+            *(step * d for step, d in zip(steps[2:], dilations, strict=True)),
+        ),
+    )
+    return Grid(view, positions, groups)
+
+
+def _conv_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> Grid:
+    kernel = weight_shape[2:]
+    strides, dilations = _spatial(attributes, kernel)
+    padded = _pad(x, conv_pads(attributes, x.shape[2:], kernel)).contiguous()
+    return _window_view(padded, kernel, strides, dilations, attributes.get("group", 1))
+
+
+def _transpose_pads(attributes: Attributes, sizes: Shape, kernel: Shape) -> list[int]:
+    strides, dilations = _spatial(attributes, kernel)
+    extra = list(attributes.get("output_padding") or [0] * len(kernel))
+    mode = attributes.get("auto_pad", "NOTSET")
+    wanted = attributes.get("output_shape")
+    if wanted is None and mode in ("SAME_UPPER", "SAME_LOWER"):
+        wanted = [size * s for size, s in zip(sizes, strides, strict=True)]
+    if wanted is None:
+        pads = list(attributes.get("pads") or [0] * (2 * len(kernel)))
+    else:
+        full = [
+            (size - 1) * s + e + (k - 1) * d + 1
+            for size, s, e, k, d in zip(sizes, strides, extra, kernel, dilations, strict=True)
+        ]
+        total = [f - w for f, w in zip(full, wanted[-len(kernel) :], strict=True)]
+        pads = _split_pads(total, upper=mode == "SAME_UPPER")
+    reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    begins = [r - p for r, p in zip(reach, pads[: len(kernel)], strict=True)]
+    ends = [r - p + e for r, p, e in zip(reach, pads[len(kernel) :], extra, strict=True)]
+    return begins + ends
+
+
+def _transpose_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> Grid:
+    """ConvTranspose as a Conv with stride 1 over the input with zeros between its elements."""
+    kernel = weight_shape[2:]
+    strides, dilations = _spatial(attributes, kernel)
+    sizes = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], strides, strict=True)]
+    spread = x.new_zeros((*x.shape[:2], *sizes))
+    spread[(..., *(slice(None, None, s) for s in strides))] = x
+    padded = _pad(spread, _transpose_pads(attributes, x.shape[2:], kernel)).contiguous()
+    return _window_view(padded, kernel, [1] * len(kernel), dilations, attributes.get("group", 1))
+
+
+def _conv_matrix(weight: Array, attributes: Attributes) -> Array:
+    groups = attributes.get("group", 1)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _conv_weight(matrix: Array, attributes: Attributes, shape: Shape) -> Array:
+    return matrix.reshape(tuple(shape))
+
+
+def _transpose_matrix(weight: Array, attributes: Attributes) -> Array:
+    groups, kernel = attributes.get("group", 1), weight.shape[2:]
+    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], *kernel)
+    flipped = np.flip(split.swapaxes(1, 2), tuple(range(3, split.ndim)))
+    return flipped.reshape(groups, weight.shape[1], -1)
+
+
+def _transpose_weight(matrix: Array, attributes: Attributes, shape: Shape) -> Array:
+    groups, kernel = attributes.get("group", 1), tuple(shape[2:])
+    split = matrix.reshape(groups, shape[1], shape[0] // groups, *kernel)
+    return np.flip(split, tuple(range(3, split.ndim))).swapaxes(1, 2).reshape(tuple(shape))
+
+
+def _conv_rank(attributes: Attributes, shape: Shape) -> str | None:
+    spatial = len(shape) - 2
+    return None if 1 <= spatial <= 3 else f"{spatial} spatial dimensions: 1 to 3 are handled"
+
+
+def _conv_macs(attributes: Attributes, weight: Shape, x: Shape, y: Shape) -> int:
+    return math.prod(weight) * math.prod(y[2:])
+
+
+def _transpose_macs(attributes: Attributes, weight: Shape, x: Shape, y: Shape) -> int:
+    return math.prod(weight) * math.prod(x[2:])
+
+
+# --- Gemm and MatMul --------------------------------------------------------------------
+
+
+def _matrix_rank(attributes: Attributes, shape: Shape) -> str | None:
+    return None if len(shape) == 2 else f"constant operand of rank {len(shape)}: rank 2 is handled"
+
+
+def _gemm_matrix(weight: Array, attributes: Attributes) -> Array:
+    return (weight if attributes.get("transB", 0) else weight.T)[None]
+
+
+def _gemm_weight(matrix: Array, attributes: Attributes, shape: Shape) -> Array:
+    return matrix[0] if attributes.get("transB", 0) else matrix[0].T
+
+
+def _dense_grid(x: torch.Tensor) -> Grid:
+    # [n, t, k] seen as n samples of k channels at t positions with a kernel of size 1.
+    view = x.transpose(1, 2)
+    return Grid(view[..., None], (x.shape[1],), 1)
+
+
+def _gemm_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> Grid:
+    rows = x.T if attributes.get("transA", 0) else x
+    return _dense_grid(rows[:, None, :])
+
+
+def _matmul_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> Grid:
+    samples = x.shape[0] if x.ndim > 1 else 1
+    return _dense_grid(x.reshape(samples, -1, x.shape[-1]))
+
+
+def _dense_macs(attributes: Attributes, weight: Shape, x: Shape, y: Shape) -> int:
+    return math.prod(weight) * math.prod(y[1:-1])
+
+
+WEIGHTED_OPS: dict[str, WeightedOp] = {
+    "Conv": WeightedOp(
+        rank_error=_conv_rank,
+        channel_axis=lambda attributes: 0,
+        to_matrix=_conv_matrix,
+        from_matrix=_conv_weight,
+        grid=_conv_grid,
+        macs=_conv_macs,
+    ),
+    "ConvTranspose": WeightedOp(
+        rank_error=_conv_rank,
+        channel_axis=lambda attributes: 1,
+        to_matrix=_transpose_matrix,
+        from_matrix=_transpose_weight,
+        grid=_transpose_grid,
+        macs=_transpose_macs,
+    ),
+    "Gemm": WeightedOp(
+        rank_error=_matrix_rank,
+        channel_axis=lambda attributes: 0 if attributes.get("transB", 0) else 1,
+        to_matrix=_gemm_matrix,
+        from_matrix=_gemm_weight,
+        grid=_gemm_grid,
+        macs=_dense_macs,
+    ),
+    "MatMul": WeightedOp(
+        rank_error=_matrix_rank,
+        channel_axis=lambda attributes: 1,
+        to_matrix=lambda weight, attributes: weight.T[None],
+        from_matrix=lambda matrix, attributes, shape: matrix[0].T,
+        grid=_matmul_grid,
+        macs=_dense_macs,
+    ),
+}
+
+
+def weight_matrix(layer: LayerPlan, weight: Array) -> Array:
+    """The ONNX weight of ``layer`` as ``[g, o, d]``."""
+    return WEIGHTED_OPS[layer.op_type].to_matrix(weight, layer.attributes)
+
+
+def weight_tensor(layer: LayerPlan, matrix: Array) -> Array:
+    """``[g, o, d]`` back in the layout of the ONNX weight, contiguous."""
+    op = WEIGHTED_OPS[layer.op_type]
+    return np.ascontiguousarray(op.from_matrix(matrix, layer.attributes, layer.weight_shape))
+
+
+def input_grid(layer: LayerPlan, x: torch.Tensor) -> Grid:
+    """All patches of the input batch ``x`` (samples on axis 0) that ``layer`` multiplies."""
+    return WEIGHTED_OPS[layer.op_type].grid(x, layer.attributes, layer.weight_shape)

@@ -1,0 +1,256 @@
+"""From a float model to a checked QDQ file: the stages, in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnx_attnround import graph, qdq
+from onnx_attnround.allocate import allocate
+from onnx_attnround.calibrate import Calibration, calibrate
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import CalibrationError, GateError
+from onnx_attnround.ops import weight_matrix
+from onnx_attnround.plan import make_plan as plan_model
+from onnx_attnround.preprocess import Preprocess
+from onnx_attnround.reconstruct import round_layers, round_plain
+from onnx_attnround.records import BitAllocation, Event, LayerRounding, QuantPlan
+from onnx_attnround.samples import Samples, open_samples, read_labels
+from onnx_attnround.simplify import simplify
+from onnx_attnround.targets import get_target
+from onnx_attnround.verify import Verification, check_gates, check_labels, verify
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeResult:
+    """What a run made and measured; ``roundings`` are keyed by node name."""
+
+    model: ir.Model
+    plan: QuantPlan
+    allocation: BitAllocation
+    roundings: Mapping[str, LayerRounding]
+    verification: Verification | None
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def make_plan(
+    model: Path | str | ir.Model, config: QuantConfig | None = None
+) -> tuple[QuantPlan, BitAllocation]:
+    """What :func:`quantize` would quantise, and with how many bits; runs nothing."""
+    config = config or QuantConfig()
+    simplified, _ = simplify(_load(model))
+    plan = plan_model(simplified, config, quantise_activations=True)
+    return plan, _allocate(simplified, plan, config)
+
+
+def quantize(
+    model: Path | str | ir.Model,
+    calibration: object = None,
+    config: QuantConfig | None = None,
+    *,
+    output: Path | str | None = None,
+    evaluation: Path | str | None = None,
+    preprocess: Preprocess | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> QuantizeResult:
+    """Quantise a float model to standard QDQ, verify it, and write it to ``output``.
+
+    ``calibration`` is anything that ``samples.open_samples`` reads: a path, an
+    array, a mapping of input names to arrays. Without it, an ONNX
+    ``test_data_set_*`` beside the model is used; else only weights are quantised,
+    to nearest. ``evaluation`` are samples to verify on, with ``labels`` for top-1.
+
+    Raises an :class:`AttnRoundError` (``errors.py``) on any bad input; a missed
+    gate raises ``GateError`` with the result as its ``result``, and leaves no file.
+    """
+    config = config or QuantConfig()
+    run = _Run(config, on_event)
+    source = None if isinstance(model, ir.Model) else Path(model)
+    target_path = None if output is None else Path(output)
+    if target_path is not None:
+        graph.check_output(target_path, source)
+    with run.stage("load"):
+        original = _load(model)
+        samples = _open_calibration(run, source, calibration, original, preprocess)
+        held_out, labels = _open_evaluation(evaluation, original, preprocess)
+        check_labels(labels, held_out, original)
+    with run.stage("simplify"):
+        simplified, changes = simplify(original)
+        run.notes += changes
+    with run.stage("plan"):
+        plan = plan_model(simplified, config, quantise_activations=samples is not None)
+        allocation = _allocate(simplified, plan, config)
+    with run.stage("calibrate"):
+        ranges = _calibrate(run, simplified, plan, samples)
+    with run.stage("round"):
+        roundings = _round(run, simplified, plan, ranges, allocation, samples)
+    with run.stage("write"):
+        storage = config.weight_storage or get_target(plan.target).weight_storage
+        quantised = qdq.insert(simplified, plan, ranges.params, roundings, storage)
+        _add_provenance(quantised, config, allocation)
+    verification = None
+    if samples is not None or held_out is not None:
+        with run.stage("verify"):
+            verification = verify(
+                original,
+                quantised,
+                samples or held_out,  # type: ignore[arg-type]  # one of them is there
+                labels=labels,
+                evaluation=held_out,
+                layers=plan.layers,
+                threads=config.threads,
+                on_event=on_event,
+            )
+    result = QuantizeResult(
+        model=quantised,
+        plan=plan,
+        allocation=allocation,
+        roundings=roundings,
+        verification=verification,
+        notes=tuple(run.notes),
+        seconds=run.seconds,
+    )
+    _check_gates(result, config)
+    if target_path is not None:
+        graph.save(quantised, target_path, source=source)
+    return result
+
+
+@dataclass(slots=True)
+class _Run:
+    """What a run collects on its way."""
+
+    config: QuantConfig
+    on_event: OnEvent
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and announce it."""
+        start = time.perf_counter()
+        self.on_event(Event(stage=name, done=0, total=1))
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _load(model: Path | str | ir.Model) -> ir.Model:
+    return model if isinstance(model, ir.Model) else graph.load(Path(model))
+
+
+def _open_calibration(
+    run: _Run,
+    source: Path | None,
+    calibration: object,
+    model: ir.Model,
+    preprocess: Preprocess | None,
+) -> Samples | None:
+    """The samples given, or those beside the model, or ``None`` with a note."""
+    if calibration is None and source is not None:
+        beside = sorted(source.parent.glob("test_data_set_*"))
+        if beside:
+            calibration = source.parent
+            run.notes.append(f"calibrating with the test_data_set_* beside '{source.name}'")
+    if calibration is None:
+        run.notes.append(
+            "no calibration samples: weights are rounded to nearest, activations stay float; "
+            "give --calib for learned rounding and integer activations"
+        )
+        return None
+    return open_samples(
+        calibration, graph.input_specs(model), limit=run.config.samples, preprocess=preprocess
+    )
+
+
+def _open_evaluation(
+    path: Path | str | None, model: ir.Model, preprocess: Preprocess | None
+) -> tuple[Samples | None, object]:
+    if path is None:
+        return None, None
+    samples = open_samples(path, graph.input_specs(model), preprocess=preprocess)
+    return samples, _labels(Path(path))
+
+
+def _labels(path: Path) -> object:
+    """The labels in an .npz; ``None`` for any other form, or where it has none."""
+    import numpy as np
+
+    if path.suffix != ".npz":
+        return None
+    with np.load(path) as archive:
+        return read_labels(path) if "labels" in archive.files else None
+
+
+def _allocate(model: ir.Model, plan: QuantPlan, config: QuantConfig) -> BitAllocation:
+    matrices = {
+        layer.node: weight_matrix(layer, graph.tensor_value(model, layer.weight))
+        for layer in plan.layers
+    }
+    return allocate(plan.layers, matrices, config)
+
+
+def _calibrate(
+    run: _Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
+) -> Calibration:
+    if samples is None or not plan.activations:
+        return Calibration(stats={}, params={})
+    return calibrate(
+        model,
+        plan.activations,
+        samples,
+        observer=run.config.observer,
+        batch_size=run.config.batch_size,
+        threads=run.config.threads,
+        same_range=plan.same_range,
+        on_event=run.on_event,
+    )
+
+
+def _round(
+    run: _Run,
+    model: ir.Model,
+    plan: QuantPlan,
+    ranges: Calibration,
+    allocation: BitAllocation,
+    samples: Samples | None,
+) -> dict[str, LayerRounding]:
+    if samples is None:
+        return round_plain(model, plan, ranges.params, allocation)
+    return round_layers(
+        model, plan, ranges.params, allocation, samples, run.config, run.on_event
+    )
+
+
+def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocation) -> None:
+    try:
+        version = metadata.version("onnx-attnround")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    model.metadata_props["onnx_attnround.version"] = version
+    model.metadata_props["onnx_attnround.config"] = config.model_dump_json()
+    model.metadata_props["onnx_attnround.bits"] = " ".join(
+        f"{node}={bits}" for node, bits in allocation.bits.items()
+    )
+
+
+def _check_gates(result: QuantizeResult, config: QuantConfig) -> None:
+    if config.min_sqnr is None and config.max_drop is None:
+        return
+    if result.verification is None:
+        raise CalibrationError(
+            "a gate is set, but there are no samples to judge it on: give --calib or --eval"
+        )
+    try:
+        check_gates(result.verification, config)
+    except GateError as error:
+        error.result = result  # type: ignore[attr-defined]
+        raise

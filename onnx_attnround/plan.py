@@ -1,0 +1,322 @@
+"""What is quantised, with which spec; and for all else, the reason why not.
+
+Everything is judged here, before any slow work: each weighted node becomes a
+``LayerPlan`` or an entry of ``skipped``, and each activation that the target
+runs in integer gets a ``QuantSpec``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import ConfigError, ModelError
+from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.records import LayerPlan, QuantPlan, QuantSpec
+from onnx_attnround.targets import Target, get_target
+
+
+def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: bool) -> QuantPlan:
+    """The plan for ``model``; with ``quantise_activations`` false only weights are quantised.
+
+    Raises ``ModelError`` if no weight can be quantised, ``ConfigError`` if a
+    pattern of ``include``, ``exclude`` or ``layer_bits`` matches no node.
+    """
+    target = get_target(config.target)
+    _check_patterns(model, config)
+    layers, skipped = _find_layers(model, config)
+    if not layers:
+        reasons = "; ".join(f"{node}: {why}" for node, why in list(skipped.items())[:3])
+        raise ModelError(
+            "nothing to quantise: the model has no Conv, ConvTranspose, Gemm or MatMul with a "
+            f"constant float32 weight that is not excluded ({reasons or 'none found'})"
+        )
+    layers = _mark_ends(model, layers)
+    activations, same_range = {}, {}
+    if quantise_activations and config.act_bits < 32:
+        activations, same_range = _Activations(model, layers, target, config).find()
+    return QuantPlan(
+        target=target.name,
+        layers=tuple(layers),
+        activations=activations,
+        same_range=same_range,
+        skipped=skipped,
+    )
+
+
+def _check_patterns(model: ir.Model, config: QuantConfig) -> None:
+    names = [node.name or "" for node in model.graph.all_nodes()]
+    for option in ("include", "exclude", "layer_bits"):
+        for pattern in getattr(config, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"option '{option}': pattern '{pattern}' matches no node; "
+                    "--dry-run lists the nodes"
+                )
+
+
+# --- weighted layers --------------------------------------------------------------------
+
+
+def _find_layers(
+    model: ir.Model, config: QuantConfig
+) -> tuple[list[LayerPlan], dict[str, str]]:
+    layers, skipped = [], {}
+    main = set(model.graph)
+    for node in model.graph.all_nodes():
+        if node.op_type not in WEIGHTED_OPS or node.domain not in ("", "ai.onnx"):
+            if node.op_type in _LISTED_OPS:
+                skipped[_name(node)] = f"{node.op_type} is not handled: its weights stay float"
+            continue
+        reason = "inside a subgraph" if node not in main else _refusal(node, config)
+        if reason is None:
+            layers.append(_layer(node, config))
+        else:
+            skipped[_name(node)] = reason
+    return layers, skipped
+
+
+_LISTED_OPS = frozenset(
+    {"LSTM", "GRU", "RNN", "Einsum", "QLinearConv", "QLinearMatMul", "ConvInteger",
+     "MatMulInteger", "DeformConv"}
+)  # fmt: skip
+
+
+def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
+    """Why this weighted node is left in float, or ``None``."""
+    name, weight = _name(node), node.inputs[1]
+    if config.include and not any(fnmatchcase(name, p) for p in config.include):
+        return "not matched by include"
+    if any(fnmatchcase(name, p) for p in config.exclude):
+        return "matched by exclude"
+    tensor = None if weight is None else weight.const_value
+    if weight is None or tensor is None:
+        constant_left = node.inputs[0] is not None and node.inputs[0].const_value is not None
+        return "the constant operand is the left one" if constant_left else "no constant weight"
+    if tensor.dtype != ir.DataType.FLOAT:
+        return f"weight '{weight.name}' is {tensor.dtype.name}: FLOAT is handled"
+    if node.inputs[0] is None or node.inputs[0].const_value is not None:
+        return "its input is a constant"
+    attributes = _attributes(node)
+    op = WEIGHTED_OPS[node.op_type]
+    shape = tuple(int(d) for d in tensor.shape)
+    reason = op.rank_error(attributes, shape)
+    if reason is None:
+        reason = _bias_refusal(node) or _factor_refusal(attributes)
+    if reason is None and not np.isfinite(tensor.numpy()).all():
+        reason = f"weight '{weight.name}' holds NaN or Inf"
+    return reason
+
+
+def _factor_refusal(attributes: Mapping[str, Any]) -> str | None:
+    if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
+        return "alpha or beta is not 1 and could not be folded"
+    return None
+
+
+def _bias_refusal(node: ir.Node) -> str | None:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return None
+    if bias.const_value is None:
+        return "its bias is not a constant"
+    shape = tuple(bias.const_value.shape)
+    return None if all(d == 1 for d in shape[:-1]) else f"its bias of shape {shape} is not a row"
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or f"<unnamed {node.op_type}>"
+
+
+def _bias(node: ir.Node) -> str | None:
+    """The name of a constant bias with one entry per channel."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    return None if value is None else value.name
+
+
+def _layer(node: ir.Node, config: QuantConfig) -> LayerPlan:
+    x, weight = node.inputs[0], node.inputs[1]
+    y = node.outputs[0]
+    if x is None or weight is None or weight.const_value is None:
+        raise ModelError(f"node '{_name(node)}': its input or weight is missing")
+    attributes = _attributes(node)
+    op = WEIGHTED_OPS[node.op_type]
+    axis: int | None = op.channel_axis(attributes)
+    shape = tuple(int(d) for d in weight.const_value.shape)
+    input_shape, output_shape = _shape(x), _shape(y)
+    known = input_shape is not None and output_shape is not None
+    return LayerPlan(
+        node=_name(node),
+        op_type=node.op_type,
+        x=x.name or "",
+        y=y.name or "",
+        weight=weight.name or "",
+        bias=_bias(node),
+        weight_shape=shape,
+        weight_spec=QuantSpec(bits=config.weight_bits, signed=True, symmetric=True, axis=axis),
+        attributes=attributes,
+        input_shape=input_shape,
+        macs=_macs(op.macs, attributes, shape, input_shape, output_shape) if known else None,
+    )
+
+
+def _macs(
+    count: Any, attributes: Mapping[str, Any], weight: tuple[int, ...], x: Any, y: Any
+) -> int | None:
+    try:
+        return int(count(attributes, weight, x, y))
+    except TypeError:  # a dynamic spatial dimension
+        return None
+
+
+def _shape(value: ir.Value) -> tuple[int | None, ...] | None:
+    if value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def _mark_ends(model: ir.Model, layers: list[LayerPlan]) -> list[LayerPlan]:
+    """Set ``first_or_last`` where no weighted layer lies before, or none behind."""
+    weighted = {layer.node for layer in layers}
+    seen_by_input: set[str] = set()  # values computed by layers or from them
+    for node in model.graph:
+        touched = any(v is not None and v.name in seen_by_input for v in node.inputs)
+        if touched or node.name in weighted:
+            seen_by_input.update(v.name or "" for v in node.outputs)
+    leads_on: set[str] = set()  # values that a layer reads, at once or further on
+    for node in reversed(list(model.graph)):
+        leads = any(v.name in leads_on for v in node.outputs)
+        if leads or node.name in weighted:
+            leads_on.update(v.name or "" for v in node.inputs if v is not None)
+    return [
+        replace(layer, first_or_last=layer.x not in seen_by_input or layer.y not in leads_on)
+        for layer in layers
+    ]
+
+
+# --- activations ------------------------------------------------------------------------
+
+
+@dataclass
+class _Activations:
+    """Finds the tensors that get Q/DQ, walking the graph once forward and once back."""
+
+    model: ir.Model
+    layers: list[LayerPlan]
+    target: Target
+    config: QuantConfig
+    chosen: dict[str, ir.Value] = field(default_factory=dict)
+    same_range: dict[str, str] = field(default_factory=dict)
+    integer: set[str] = field(default_factory=set)  # names of nodes that run in integer
+
+    def find(self) -> tuple[dict[str, QuantSpec], dict[str, str]]:
+        by_node = {layer.node: layer for layer in self.layers}
+        for node in self.model.graph:
+            layer = by_node.get(node.name or "")
+            if layer is not None:
+                self._add_layer(node)
+            elif node.op_type in self.target.arithmetic:
+                self._add_arithmetic(node)
+            elif node.op_type in self.target.movement:
+                self._add_movement(node)
+        self._drop_idle_movement()
+        return {name: self._spec(name) for name in self.chosen}, self.same_range
+
+    def _add_layer(self, node: ir.Node) -> None:
+        x = node.inputs[0]
+        if node.op_type not in self.target.weighted or x is None:
+            return
+        self.integer.add(_name(node))
+        self._choose(x)
+        if node.op_type not in self.target.float_output:
+            self._choose(self._absorbed(node.outputs[0]))
+
+    def _add_arithmetic(self, node: ir.Node) -> None:
+        output = self._absorbed(node.outputs[0])
+        joins = all(v is not None and v.name in self.chosen for v in node.inputs)
+        if joins and not output.is_graph_output():
+            self.integer.add(_name(node))
+            self._choose(output)
+
+    def _add_movement(self, node: ir.Node) -> None:
+        x, y = node.inputs[0], node.outputs[0]
+        if x is None or x.name not in self.chosen or not _moves_codes(node):
+            return
+        self._choose(y)
+        self.same_range[y.name or ""] = x.name or ""
+
+    def _choose(self, value: ir.Value) -> None:
+        self.chosen.setdefault(value.name or "", value)
+
+    def _absorbed(self, value: ir.Value) -> ir.Value:
+        """The tensor that carries the Q: behind an activation that the Q absorbs."""
+        consumers = value.consumers()
+        if len(consumers) == 1 and not value.is_graph_output():
+            node = consumers[0]
+            if node.op_type in self.target.absorbed and _constant_bounds(node):
+                return node.outputs[0]
+        return value
+
+    def _drop_idle_movement(self) -> None:
+        """Without an integer consumer, moved codes gain nothing: end the region before."""
+        for node in reversed(list(self.model.graph)):
+            for value in node.outputs:
+                name = value.name or ""
+                if name in self.same_range and not self._feeds_integer(value):
+                    del self.chosen[name], self.same_range[name]
+
+    def _feeds_integer(self, value: ir.Value) -> bool:
+        return any(
+            _name(node) in self.integer
+            or any(self.same_range.get(v.name or "") == value.name for v in node.outputs)
+            for node in value.consumers()
+        )
+
+    def _spec(self, name: str) -> QuantSpec:
+        return QuantSpec(
+            bits=max(self.config.act_bits, self._end_bits(name)),
+            signed=self.target.activation_signed,
+            symmetric=self.target.activation_symmetric,
+        )
+
+    def _end_bits(self, name: str) -> int:
+        """Bits that the first and last layers ask of their input, 0 for other tensors."""
+        family = {name, *self._family(name)}
+        ends = any(layer.first_or_last and layer.x in family for layer in self.layers)
+        return self.config.first_last_bits if ends else 0
+
+    def _family(self, name: str) -> Iterator[str]:
+        root = self._root(name)
+        return (other for other in self.chosen if self._root(other) == root)
+
+    def _root(self, name: str) -> str:
+        while name in self.same_range:
+            name = self.same_range[name]
+        return name
+
+
+def _constant_bounds(node: ir.Node) -> bool:
+    return all(v is None or v.const_value is not None for v in node.inputs[1:])
+
+
+def _moves_codes(node: ir.Node) -> bool:
+    """Whether the node only moves codes: a Pad must fill with zeros, which every scale has."""
+    if node.op_type != "Pad":
+        return True
+    mode = node.attributes.get_string("mode", "constant")
+    if mode != "constant":
+        return True
+    fill = node.inputs[2] if len(node.inputs) > 2 else None
+    if fill is None:
+        return node.attributes.get_float("value", 0.0) == 0.0
+    return fill.const_value is not None and not fill.const_value.numpy().any()

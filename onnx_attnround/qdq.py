@@ -1,0 +1,240 @@
+"""The only writer of Q/DQ nodes: a float model and integer codes become a QDQ model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from onnx_attnround.graph import raise_opset
+from onnx_attnround.records import Array, LayerPlan, LayerRounding, QuantParams, QuantPlan
+from onnx_attnround.targets import WeightStorage, get_target
+
+PER_CHANNEL_OPSET = 13
+LOW_BIT_OPSET = 21  # INT4 and 16-bit types in QuantizeLinear and DequantizeLinear
+
+_PACKED = {"INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4}
+
+
+def insert(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    storage: WeightStorage,
+) -> ir.Model:
+    """A QDQ copy of ``model``; the opset is raised only as far as the content needs.
+
+    ``params`` holds one entry per tensor of ``plan.activations``; ``roundings``
+    is keyed by node name. A quantised tensor keeps its name behind the
+    DequantizeLinear, so that graph outputs keep theirs; the float value before
+    the QuantizeLinear is ``NAME_raw``. Raises ``ModelError`` if the opset
+    cannot be raised.
+    """
+    out = raise_opset(model.clone(), _required_opset(plan, roundings, storage))
+    writer = _Writer(out, plan, params, storage)
+    for layer in plan.layers:
+        writer.add_layer(layer, roundings[layer.node])
+    for name in plan.activations:
+        writer.add_activation(name)
+    writer.remove_unused_initializers()
+    out.graph.sort()
+    return out
+
+
+def update_layer(
+    model: ir.Model,
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+) -> None:
+    """Give ``layer`` other codes, scales and bias in a model that ``insert`` wrote as int8."""
+    for name, tensor in _layer_tensors(layer, rounding, params, plan, "int8").items():
+        model.graph.initializers[name].const_value = tensor
+
+
+def _required_opset(
+    plan: QuantPlan, roundings: Mapping[str, LayerRounding], storage: WeightStorage
+) -> int:
+    low_weights = storage != "int8" and any(r.spec.bits <= 4 for r in roundings.values())
+    odd_activations = any(spec.bits in (4, 16) for spec in plan.activations.values())
+    return LOW_BIT_OPSET if low_weights or odd_activations else PER_CHANNEL_OPSET
+
+
+def _code_type(bits: int, signed: bool) -> ir.DataType:
+    width = 4 if bits <= 4 else 8 if bits <= 8 else 16
+    return ir.DataType[f"{'' if signed else 'U'}INT{width}"]
+
+
+def _tensor(values: Array, dtype: ir.DataType, name: str) -> ir.Tensor:
+    packed = _PACKED.get(dtype.name)
+    return ir.Tensor(values.astype(packed or dtype.numpy()), dtype=dtype, name=name)
+
+
+def _layer_tensors(
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+    storage: WeightStorage,
+) -> dict[str, ir.Tensor]:
+    """The initialisers of one layer: weight codes, scale, zero point and the bias."""
+    base = layer.node
+    low = rounding.spec.bits <= 4 and storage != "int8"
+    code_type = ir.DataType.INT4 if low else ir.DataType.INT8
+    point_type = ir.DataType.INT4 if low and storage == "int4" else ir.DataType.INT8
+    tensors = [
+        _tensor(rounding.codes, code_type, f"{base}/weight_codes"),
+        _tensor(rounding.scale, ir.DataType.FLOAT, f"{base}/weight_scale"),
+        _tensor(rounding.zero_point, point_type, f"{base}/weight_zero_point"),
+    ]
+    if rounding.bias is not None:
+        tensors += _bias_tensors(layer, rounding, params, plan)
+    return {tensor.name or "": tensor for tensor in tensors}
+
+
+def _bias_tensors(
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+) -> list[ir.Tensor]:
+    if rounding.bias is None:
+        return []
+    scale = bias_scale(layer, rounding, params, plan)
+    if scale is None:
+        return [_tensor(rounding.bias, ir.DataType.FLOAT, f"{layer.node}/bias")]
+    codes = np.rint(rounding.bias.astype(np.float64) / scale)
+    return [
+        _tensor(codes, ir.DataType.INT32, f"{layer.node}/bias_codes"),
+        _tensor(scale, ir.DataType.FLOAT, f"{layer.node}/bias_scale"),
+        _tensor(np.zeros_like(codes), ir.DataType.INT32, f"{layer.node}/bias_zero_point"),
+    ]
+
+
+def bias_scale(
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+) -> Array | None:
+    """``sx * sw`` per channel where the target stores the bias as int32, else ``None``.
+
+    ``None`` also where a bias would not fit int32 at that scale: it then stays float.
+    """
+    x = params.get(layer.x)
+    if rounding.bias is None or x is None or not get_target(plan.target).int32_bias:
+        return None
+    scale = np.broadcast_to(rounding.scale * x.scale, rounding.bias.shape).astype(np.float32)
+    fits = np.abs(rounding.bias.astype(np.float64)) <= scale.astype(np.float64) * (2**31 - 1)
+    return scale if bool(fits.all()) else None
+
+
+class _Writer:
+    """Adds Q/DQ nodes and their initialisers to one graph."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        params: Mapping[str, QuantParams],
+        storage: WeightStorage,
+    ) -> None:
+        self.graph = model.graph
+        self.plan = plan
+        self.params = params
+        self.storage: WeightStorage = storage
+        self.nodes = {node.name: node for node in self.graph}
+        self.values = {v.name: v for node in self.graph for v in node.outputs}
+        self.values.update({v.name: v for v in self.graph.inputs})
+
+    def add_layer(self, layer: LayerPlan, rounding: LayerRounding) -> None:
+        """Codes and DQ in place of the float weight, and the bias as the target wants it."""
+        node = self.nodes[layer.node]
+        tensors = _layer_tensors(layer, rounding, self.params, self.plan, self.storage)
+        initializers = {name: self._initializer(tensor) for name, tensor in tensors.items()}
+        codes, scale, zero_point, *bias = initializers.values()
+        if codes.dtype == ir.DataType.INT4 and zero_point.dtype == ir.DataType.INT8:
+            codes = self._cast(codes, f"{layer.node}/weight_int8", node)
+        axis = None if rounding.scale.ndim == 0 else rounding.spec.axis
+        weight = self._dequantise([codes, scale, zero_point], f"{layer.node}/weight", axis, node)
+        node.replace_input_with(1, weight)
+        if bias:
+            value = bias[0]
+            if len(bias) > 1:
+                value = self._dequantise(bias, f"{layer.node}/bias", 0, node)
+            if len(node.inputs) < 3:
+                node.resize_inputs(3)
+            node.replace_input_with(2, value)
+
+    def add_activation(self, name: str) -> None:
+        """Q and DQ behind the tensor ``name``, for all its consumers."""
+        raw, params = self.values[name], self.params[name]
+        producer = raw.producer()
+        consumers = [(usage.node, usage.idx) for usage in raw.uses()]
+        if producer is not None:
+            raw.name = f"{name}_raw"
+        code_type = _code_type(params.spec.bits, params.spec.signed)
+        scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
+        point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
+        quantise = ir.node("QuantizeLinear", [raw, scale, point], name=f"{name}/quantize")
+        codes = quantise.outputs[0]
+        codes.name, codes.shape, codes.type = f"{name}_codes", raw.shape, ir.TensorType(code_type)
+        after = f"{name}_dequantized" if producer is None else name
+        dequantise = ir.node("DequantizeLinear", [codes, scale, point], name=f"{name}/dequantize")
+        restored = dequantise.outputs[0]
+        restored.name, restored.shape, restored.type = after, raw.shape, raw.type
+        self.graph.extend([quantise, dequantise])
+        for node, index in consumers:
+            node.replace_input_with(index, restored)
+        for position, output in enumerate(self.graph.outputs):
+            if output is raw and producer is not None:
+                self.graph.outputs[position] = restored
+
+    def remove_unused_initializers(self) -> None:
+        """Drop float weights and biases that no node reads any more."""
+        outputs = {value.name for value in self.graph.outputs}
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses() and name not in outputs:
+                del self.graph.initializers[name]
+
+    def _initializer(self, tensor: ir.Tensor) -> ir.Value:
+        value = ir.Value(
+            name=tensor.name,
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def _cast(self, value: ir.Value, name: str, before: ir.Node) -> ir.Value:
+        node = ir.node(
+            "Cast", [value], attributes={"to": int(ir.DataType.INT8)}, name=f"{name}/cast"
+        )
+        return self._place(node, name, value.shape, ir.DataType.INT8, before)
+
+    def _dequantise(
+        self, inputs: list[ir.Value], name: str, axis: int | None, before: ir.Node
+    ) -> ir.Value:
+        attributes = {} if axis is None else {"axis": axis}
+        node = ir.node(
+            "DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize"
+        )
+        return self._place(node, f"{name}_dequantized", inputs[0].shape, ir.DataType.FLOAT, before)
+
+    def _place(
+        self,
+        node: ir.Node,
+        name: str,
+        shape: ir.Shape | None,
+        dtype: ir.DataType,
+        before: ir.Node,
+    ) -> ir.Value:
+        output = node.outputs[0]
+        output.name, output.shape, output.type = name, shape, ir.TensorType(dtype)
+        self.graph.insert_before(before, node)
+        return output

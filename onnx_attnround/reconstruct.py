@@ -1,0 +1,193 @@
+"""Round every layer along the walk, each against what the quantised prefix really feeds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from onnx_attnround import qdq
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.moments import Moments, collect
+from onnx_attnround.ops import weight_matrix, weight_tensor
+from onnx_attnround.records import (
+    Array,
+    BitAllocation,
+    Event,
+    LayerPlan,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+    QuantSpec,
+)
+from onnx_attnround.rounding import Solution, objective, plain_objective, solve
+from onnx_attnround.samples import Samples
+from onnx_attnround.store import ActivationStore
+from onnx_attnround.walk import Walk
+
+INT32_HEADROOM = 2.0**30  # a bias may take half of the int32 range
+SINGLE_THREAD_BELOW = 1 << 18  # weights; threads cost more than they give on smaller layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer as the methods see it: weight ``[g, o, d]``, bias ``[g, o]`` or ``None``."""
+
+    plan: LayerPlan
+    spec: QuantSpec
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale_floor: torch.Tensor
+
+    @property
+    def shared_scale(self) -> bool:
+        """Grouped ConvTranspose: the channel axis of the weight does not tell groups apart."""
+        return self.plan.op_type == "ConvTranspose" and self.weight.shape[0] > 1
+
+    def rounding(self, solution: Solution, bias: torch.Tensor | None, power: float) -> LayerRounding:
+        """The record of a solution; ``power`` is the variance of the layer's output."""
+        scale = solution.scale[0, :, 0] if self.shared_scale else solution.scale.reshape(-1)
+        return LayerRounding(
+            weight=self.plan.weight,
+            spec=self.spec,
+            codes=weight_tensor(self.plan, solution.codes.numpy()).astype(np.int8),
+            scale=scale.numpy().astype(np.float32),
+            zero_point=np.zeros(scale.shape, np.int8),
+            bias=None if bias is None else bias.reshape(-1).numpy().astype(np.float32),
+            mse_nearest=float(solution.loss_nearest.sum()) / power,
+            mse_final=float(solution.loss.sum()) / power,
+            changed=solution.changed,
+        )
+
+
+def round_plain(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    allocation: BitAllocation,
+) -> dict[str, LayerRounding]:
+    """Nearest rounding of every layer on the error of its weights, without calibration."""
+    roundings = {}
+    for layer in _prepare(model, plan, params, allocation):
+        problem = plain_objective(
+            layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_scale=layer.shared_scale
+        )
+        solution = solve(problem, "nearest", steps=0, seed=0)
+        power = max(float(layer.weight.square().sum()), 1e-30)
+        roundings[layer.plan.node] = layer.rounding(solution, layer.bias, power)
+    return roundings
+
+
+def round_layers(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    allocation: BitAllocation,
+    samples: Samples,
+    config: QuantConfig,
+    on_event: Callable[[Event], None],
+) -> dict[str, LayerRounding]:
+    """Round layer after layer, in graph order, on the objective of ``moments.py``.
+
+    Returns one rounding per node name. Deterministic for the same inputs.
+    """
+    layers = _prepare(model, plan, params, allocation)
+    roundings = round_plain(model, plan, params, allocation)
+    quantised = qdq.insert(model, plan, params, roundings, "int8")
+    with ActivationStore(config.activation_memory_mb << 20) as store:
+        walk = Walk(
+            model,
+            quantised,
+            plan.layers,
+            samples,
+            batch_size=config.batch_size,
+            store=store,
+            threads=config.threads,
+        )
+        for index, layer in enumerate(layers):
+            walk.advance(index)
+            moments = collect(
+                layer.plan,
+                layer.weight,
+                walk.inputs(index),
+                samples.count,
+                params.get(layer.plan.x),
+                centred=layer.bias is not None,
+            )
+            rounding = _round(layer, moments, config, index)
+            roundings[layer.plan.node] = rounding
+            qdq.update_layer(quantised, layer.plan, rounding, params, plan)
+            on_event(_event(layer, rounding, index + 1, len(layers)))
+    return roundings
+
+
+def _round(layer: _Layer, moments: Moments, config: QuantConfig, index: int) -> LayerRounding:
+    problem = objective(
+        layer.weight,
+        moments,
+        layer.spec,
+        scale_floor=layer.scale_floor,
+        shared_scale=layer.shared_scale,
+    )
+    threads = torch.get_num_threads()
+    if layer.weight.numel() < SINGLE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    solution = solve(problem, config.method, steps=config.steps, seed=config.seed + index)
+    torch.set_num_threads(threads)
+    bias = None
+    if layer.bias is not None:
+        delta = solution.codes * solution.scale - layer.weight
+        bias = layer.bias + (layer.weight @ moments.mean_e[..., None])[..., 0]
+        bias = bias - (delta @ moments.mean_v[..., None])[..., 0]
+    return layer.rounding(solution, bias, max(float(moments.signal.sum()), 1e-30))
+
+
+def _event(layer: _Layer, rounding: LayerRounding, done: int, total: int) -> Event:
+    nearest, final = (
+        f"{10 * np.log10(max(mse, 1e-30)):.1f} dB"
+        for mse in (rounding.mse_nearest, rounding.mse_final)
+    )
+    detail = f"{layer.plan.node}  {layer.spec.bits} bits  {nearest} → {final}"
+    return Event(stage="round", done=done, total=total, detail=detail)
+
+
+def _prepare(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    allocation: BitAllocation,
+) -> list[_Layer]:
+    return [_layer(model, layer, params, allocation.bits[layer.node]) for layer in plan.layers]
+
+
+def _layer(
+    model: ir.Model, plan: LayerPlan, params: Mapping[str, QuantParams], bits: int
+) -> _Layer:
+    weight = torch.from_numpy(weight_matrix(plan, _constant(model, plan.weight)).copy())
+    bias = _bias(model, plan, weight)
+    floor = torch.full(weight.shape[:2], torch.finfo(torch.float32).tiny)
+    if bias is not None and plan.x in params:
+        floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
+    return _Layer(plan, replace(plan.weight_spec, bits=bits), weight, bias, floor)
+
+
+def _bias(model: ir.Model, plan: LayerPlan, weight: torch.Tensor) -> torch.Tensor | None:
+    """The bias as ``[g, o]``; zeros where the op could have one, for it to be corrected."""
+    shape = weight.shape[:2]
+    if plan.op_type == "MatMul":
+        return None
+    if plan.bias is None:
+        return torch.zeros(shape)
+    row = torch.from_numpy(_constant(model, plan.bias).astype(np.float32)).reshape(-1)
+    return row.expand(shape.numel()).reshape(shape).clone()
+
+
+def _constant(model: ir.Model, name: str) -> Array:
+    tensor = model.graph.initializers[name].const_value
+    if tensor is None:
+        raise KeyError(name)
+    values: Array = tensor.numpy()
+    return values

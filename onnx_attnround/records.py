@@ -1,0 +1,165 @@
+"""The records that pass between the stages: frozen, keyword-only, numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantSpec:
+    """How one tensor is quantised.
+
+    ``bits`` is the width of the codes, 2 to 16. ``narrow`` drops the lowest
+    signed code, so that the range is symmetric. ``axis`` is the channel axis of
+    per-channel quantisation, ``None`` for per-tensor.
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    narrow: bool = False
+    axis: int | None = None
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code."""
+        return (-(1 << (self.bits - 1)) + int(self.narrow)) if self.signed else int(self.narrow)
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return (1 << (self.bits - int(self.signed))) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """One weighted node that is to be quantised.
+
+    ``x``, ``y``, ``weight`` and ``bias`` are value names in the graph;
+    ``attributes`` are the node's ONNX attributes as plain Python values;
+    ``input_shape`` has ``None`` for an unknown dimension. ``macs`` counts
+    multiply-accumulates for one sample, ``None`` where shapes are unknown.
+    ``first_or_last`` marks layers that read a graph input or write a graph
+    output with no other weighted layer between.
+    """
+
+    node: str
+    op_type: str
+    x: str
+    y: str
+    weight: str
+    bias: str | None
+    weight_shape: tuple[int, ...]
+    weight_spec: QuantSpec
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    input_shape: tuple[int | None, ...] | None = None
+    macs: int | None = None
+    first_or_last: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights."""
+        return int(np.prod(self.weight_shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantPlan:
+    """What is quantised, how, and for all else the reason why not.
+
+    ``activations`` maps each tensor that gets Q/DQ to its spec; ``same_range``
+    maps a tensor to the one whose scale and zero point it must share (data
+    movement); ``skipped`` maps the name of a node left in float to the reason.
+    """
+
+    target: str
+    layers: tuple[LayerPlan, ...]
+    activations: Mapping[str, QuantSpec]
+    same_range: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorStats:
+    """Streaming statistics of one activation tensor.
+
+    ``lo``/``hi`` are the exact extrema over all ``count`` elements; ``hist``
+    counts a fixed subset of elements in the bins between ``edges`` (one more
+    entry than ``hist``), and is ``None`` for observers that need no histogram.
+    """
+
+    name: str
+    count: int
+    lo: float
+    hi: float
+    hist: Array | None = None
+    edges: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantParams:
+    """Scale and zero point of one tensor; scalars, or 1-D along ``spec.axis``."""
+
+    spec: QuantSpec
+    scale: Array
+    zero_point: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitAllocation:
+    """Bits per layer (by node name) and the coding length per weight that led to them.
+
+    ``mean_bits`` is the parameter-weighted mean over the layers whose width was
+    free, pinned layers (first and last) left out.
+    """
+
+    bits: Mapping[str, int]
+    coding_length: Mapping[str, float]
+    mean_bits: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRounding:
+    """The learned rounding of one layer's weight.
+
+    ``codes`` are integers in the layout of the ONNX weight; ``scale`` and
+    ``zero_point`` have one entry per channel (or one in all, per-tensor);
+    ``bias`` is the corrected float bias, ``None`` if the layer has none. Errors
+    are the mean squared error of the layer's output per element, relative to
+    its variance; ``changed`` is the share of codes that differ from nearest.
+    """
+
+    weight: str
+    spec: QuantSpec
+    codes: Array
+    scale: Array
+    zero_point: Array
+    bias: Array | None
+    mse_nearest: float
+    mse_final: float
+    changed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """One graph input: numpy dtype and shape, ``None`` for a dynamic dimension."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Progress of a stage: ``done`` of ``total`` units, and a word on the current one."""
+
+    stage: str
+    done: int
+    total: int
+    detail: str = ""

@@ -1,0 +1,260 @@
+"""One record of a run, as JSON and as tables for the console."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnxruntime as ort
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.graph import write_atomic
+from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
+from onnx_attnround.verify import Latency, OutputComparison, Verification
+
+if TYPE_CHECKING:
+    from onnx_attnround.pipeline import QuantizeResult
+
+SCHEMA = 1
+"""Raised when a key of the report changes its meaning or vanishes."""
+
+_FEW = 5  # names that are listed before the rest is counted
+
+
+def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
+    """All that is known of a run, ready for JSON.
+
+    A figure that does not exist is ``None``, and so is one that is not finite:
+    an SQNR without any error, for one. Shares lie between 0 and 1, SQNR is in
+    dB, sizes in bytes, ``seconds`` per stage.
+    """
+    report = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+        "target": result.plan.target,
+        "mean_bits": result.allocation.mean_bits,
+        "layers": [_layer(result, layer) for layer in result.plan.layers],
+        "skipped": dict(result.plan.skipped),
+        "verification": None if result.verification is None else _verified(result.verification),
+        "seconds": dict(result.seconds),
+        "notes": list(result.notes),
+    }
+    finite: dict[str, Any] = _finite(report)
+    return finite
+
+
+def write_json(path: Path, result: QuantizeResult, config: QuantConfig) -> None:
+    """Write the report to ``path``, complete or not at all; raises ``OutputError``."""
+    text = json.dumps(report_dict(result, config), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the package and of the libraries that decide its results."""
+    return {
+        "onnx_attnround": _version("onnx-attnround"),
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+        "torch": _version("torch"),
+    }
+
+
+def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> RenderableType:
+    """What the command line prints: the comparison, notes, and where the output is.
+
+    ``verbose`` adds a table of the layers.
+    """
+    parts: list[RenderableType] = []
+    if verbose:
+        parts.append(_layer_table(result))
+    if result.verification is not None:
+        parts += [_comparison(result.verification), *_remarks(result.verification)]
+    parts += [f"note: {note}" for note in result.notes]
+    if output is not None:
+        parts.append(f"wrote {output}")
+    return Group(*parts)
+
+
+def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
+    """What ``--dry-run`` prints: the layers with their bits, and what stays float and why."""
+    layers = _table("layer", "op", *(f">{name}" for name in ("shape", "weights", "MACs", "bits")))
+    for layer in plan.layers:
+        layers.add_row(*_plan_cells(layer, allocation))
+    weights = sum(layer.parameters for layer in plan.layers)
+    summary = (
+        f"layers: {len(plan.layers)}, weights: {weights:,}, mean bits (first and last left out): "
+        f"{allocation.mean_bits:.2f}, nodes left in float: {len(plan.skipped)}"
+    )
+    skipped = _table("stays in float", "because")
+    for node, reason in plan.skipped.items():
+        skipped.add_row(node, reason)
+    return Group(layers, *([skipped] if plan.skipped else []), summary)
+
+
+def _version(distribution: str) -> str:
+    """``unknown`` where the package runs from its sources, without being installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
+    rounding = result.roundings.get(layer.node)
+    checked = result.verification
+    return {
+        "node": layer.node,
+        "op": layer.op_type,
+        "weight": layer.weight,
+        "shape": list(layer.weight_shape),
+        "parameters": layer.parameters,
+        "macs": layer.macs,
+        "bits": result.allocation.bits.get(layer.node),
+        "coding_length": result.allocation.coding_length.get(layer.node),
+        "mse_nearest": None if rounding is None else rounding.mse_nearest,
+        "mse_final": None if rounding is None else rounding.mse_final,
+        "changed": None if rounding is None else rounding.changed,
+        "sqnr_db": None if checked is None else checked.layer_sqnr.get(layer.node),
+        "runs_in_integer": None if checked is None else layer.node in checked.integer_layers,
+    }
+
+
+def _verified(verification: Verification) -> dict[str, Any]:
+    """The fields, with what follows from them; what is told per layer is left out."""
+    fields = asdict(verification)
+    for told_per_layer in ("layer_sqnr", "integer_layers", "float_layers"):
+        del fields[told_per_layer]
+    fields["outputs"] = [
+        {**asdict(output), "agreement": output.agreement} for output in verification.outputs
+    ]
+    if (accuracy := verification.accuracy) is not None:
+        fields["accuracy"] |= {
+            "float_top1": accuracy.float_top1,
+            "quantised_top1": accuracy.quantised_top1,
+            "drop_points": accuracy.drop_points,
+        }
+    fields["latency"]["speedup"] = verification.latency.speedup
+    return fields
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with ``None`` for every number that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def _table(*headers: str) -> Table:
+    """A plain table; columns whose header starts with ``>`` are right-aligned."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for header in headers:
+        right = header.startswith(">")
+        table.add_column(
+            header.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+        )
+    return table
+
+
+def _plan_cells(layer: LayerPlan, allocation: BitAllocation) -> list[str]:
+    return [
+        layer.node,
+        layer.op_type,
+        "x".join(map(str, layer.weight_shape)),
+        f"{layer.parameters:,}",
+        "?" if layer.macs is None else f"{layer.macs:,}",
+        str(allocation.bits.get(layer.node, "-")),
+    ]
+
+
+def _layer_table(result: QuantizeResult) -> Table:
+    numbers = ("shape", "weights", "MACs", "bits", "error nearest", "error final", "moved", "SQNR")
+    table = _table("layer", "op", *(f">{name}" for name in numbers))
+    for layer in result.plan.layers:
+        found = result.roundings.get(layer.node)
+        sqnr = result.verification and result.verification.layer_sqnr.get(layer.node)
+        table.add_row(
+            *_plan_cells(layer, result.allocation),
+            *(("", "", "") if found is None else (
+                f"{found.mse_nearest:.2e}", f"{found.mse_final:.2e}", f"{found.changed:.1%}"
+            )),
+            "" if sqnr is None else f"{sqnr:.1f} dB",
+        )  # fmt: skip
+    return table
+
+
+def _comparison(verification: Verification) -> Table:
+    table = _table("", ">float", ">quantised", ">change")
+    if (accuracy := verification.accuracy) is not None:
+        table.add_row(
+            f"top-1 ({accuracy.samples} samples)",
+            f"{accuracy.float_top1:.2%}",
+            f"{accuracy.quantised_top1:.2%}",
+            f"{0.0 - accuracy.drop_points:+.2f} points",
+        )
+    for output in verification.outputs:
+        _add_output(table, output, verification.samples)
+    table.add_row(
+        "size",
+        _size(verification.float_bytes),
+        _size(verification.quantised_bytes),
+        f"{verification.float_bytes / verification.quantised_bytes:.2f}x smaller",
+    )
+    _add_latency(table, verification.latency)
+    return table
+
+
+def _add_output(table: Table, output: OutputComparison, samples: int) -> None:
+    if output.agreement is not None:
+        kind = "values equal" if output.sqnr_db is None else "top-1 agrees"
+        table.add_row(f"{output.name}: {kind}", "", "", f"{output.agreement:.2%}")
+    if output.sqnr_db is not None:
+        sqnr = f"{output.sqnr_db:.2f} dB" if math.isfinite(output.sqnr_db) else "exact"
+        table.add_row(f"{output.name}: SQNR ({samples} samples)", "", "", sqnr)
+    table.add_row(f"{output.name}: largest error", "", "", f"{output.max_abs_error:.3g}")
+
+
+def _add_latency(table: Table, latency: Latency) -> None:
+    low, high = latency.spread
+    table.add_row(
+        f"latency (batch {latency.batch}, 1 thread)",
+        f"{latency.float_ms:.2f} ms",
+        f"{latency.quantised_ms:.2f} ms",
+        f"{latency.speedup:.2f}x as fast ({low:.2f} to {high:.2f})",
+    )
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+def _remarks(verification: Verification) -> Iterable[str]:
+    layers = len(verification.integer_layers) + len(verification.float_layers)
+    if layers:
+        left = verification.float_layers
+        rest = f"; in float: {_named(left)}" if left else ""
+        done = len(verification.integer_layers)
+        yield f"{done} of {layers} layers run in integer in ONNX Runtime{rest}"
+    if verification.not_compared:
+        yield f"not compared with float: {_named(verification.not_compared)}"
+
+
+def _named(names: tuple[str, ...]) -> str:
+    more = len(names) - _FEW
+    return ", ".join(names[:_FEW]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,334 @@
+"""How weights are rounded: Attention Round and the methods that it is measured against.
+
+All methods minimise one objective, exactly and per output row (``moments.py``):
+with ``delta = s*q - W``,
+
+    loss(q, s) = delta G delta' - 2 (W D) delta' + E |W e|^2.
+
+Attention Round follows Diao et al., "Attention Round for Post-Training
+Quantization", arXiv 2207.03088, as far as its abstract tells: a weight may go
+to any level, with a probability that decays as a Gaussian of the distance. The
+formulas below are our own derivation of that idea.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from onnx_attnround.moments import Moments
+from onnx_attnround.quantizer import quantize
+from onnx_attnround.records import QuantSpec
+
+TAU = 0.5  # standard deviation of the first offsets, in steps of the grid
+LEARNING_RATE = 0.1  # of Adam, in steps of the grid
+RIDGE = 1e-4  # white noise on the inputs, relative to their mean power
+REFITS = 3  # alternations of least-squares scale and descent
+SCALE_CANDIDATES = torch.linspace(0.3, 1.1, 33)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The layer's output error as a function of codes and scale.
+
+    ``weight`` and ``linear`` (``W D``) are ``[g, o, d]``, ``gram`` ``[g, d, d]``
+    with the ridge on its diagonal, ``constant`` and ``scale_floor`` ``[g, o]``.
+    With ``shared_scale`` a scale belongs to output ``o`` of all groups.
+    """
+
+    weight: torch.Tensor
+    gram: torch.Tensor
+    linear: torch.Tensor
+    constant: torch.Tensor
+    scale_floor: torch.Tensor
+    qmin: int
+    qmax: int
+    shared_scale: bool
+
+    def loss(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Error power per output row, ``[g, o]``."""
+        delta = codes * scale - self.weight
+        return (delta * (delta @ self.gram - 2 * self.linear)).sum(-1) + self.constant
+
+    def slope(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Half the gradient of the loss by the dequantised weight, ``[g, o, d]``."""
+        return (codes * scale - self.weight) @ self.gram - self.linear
+
+    def nearest(self, scale: torch.Tensor) -> torch.Tensor:
+        """Codes of rounding to nearest."""
+        return self.clip_round(self.weight / scale)
+
+    def clip_round(self, position: torch.Tensor) -> torch.Tensor:
+        """The nearest code to a position on the grid."""
+        rounded: torch.Tensor = quantize(position, 1.0, 0.0, self.qmin, self.qmax)
+        return rounded
+
+    def pool(self, rows: torch.Tensor) -> torch.Tensor:
+        """Sum ``[g, o]`` over the rows that share a scale."""
+        return rows.sum(0, keepdim=True).expand_as(rows) if self.shared_scale else rows
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Codes ``[g, o, d]``, scale ``[g, o, 1]`` and losses ``[g, o]`` of one layer."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    loss_nearest: torch.Tensor
+    loss: torch.Tensor
+    changed: float
+
+
+def objective(
+    weight: torch.Tensor,
+    moments: Moments,
+    spec: QuantSpec,
+    *,
+    scale_floor: torch.Tensor,
+    shared_scale: bool,
+) -> Objective:
+    """The objective of a layer with weight ``[g, o, d]`` from the moments of its input."""
+    power = moments.gram.diagonal(dim1=1, dim2=2).mean(-1)
+    ridge = RIDGE * power.clamp_min(1e-12)[:, None, None] * torch.eye(moments.gram.shape[-1])
+    return Objective(
+        weight=weight,
+        gram=moments.gram + ridge,
+        linear=weight @ moments.cross,
+        constant=moments.power,
+        scale_floor=scale_floor,
+        qmin=spec.qmin,
+        qmax=spec.qmax,
+        shared_scale=shared_scale,
+    )
+
+
+def plain_objective(
+    weight: torch.Tensor, spec: QuantSpec, *, scale_floor: torch.Tensor, shared_scale: bool
+) -> Objective:
+    """Without calibration: the error of the weight itself."""
+    groups, _, depth = weight.shape
+    return Objective(
+        weight=weight,
+        gram=torch.eye(depth).expand(groups, depth, depth),
+        linear=torch.zeros_like(weight),
+        constant=torch.zeros(weight.shape[:2]),
+        scale_floor=scale_floor,
+        qmin=spec.qmin,
+        qmax=spec.qmax,
+        shared_scale=shared_scale,
+    )
+
+
+def solve(problem: Objective, method: str, *, steps: int, seed: int) -> Solution:
+    """Round one layer; never worse than nearest rounding, row by row, on the objective."""
+    scale = search_scale(problem)
+    nearest = problem.nearest(scale)
+    loss_nearest = problem.loss(nearest, scale)
+    generator = torch.Generator().manual_seed(seed)
+    codes, final_scale = ROUNDERS[method](problem, scale, steps, generator)
+    loss = problem.loss(codes, final_scale)
+    worse = problem.pool(loss) > problem.pool(loss_nearest)
+    codes = torch.where(worse[..., None], nearest, codes)
+    final_scale = torch.where(worse[..., None], scale, final_scale)
+    return Solution(
+        codes=codes,
+        scale=final_scale,
+        loss_nearest=loss_nearest,
+        loss=problem.loss(codes, final_scale),
+        changed=float((codes != nearest).float().mean()),
+    )
+
+
+# --- scales -----------------------------------------------------------------------------
+
+
+def search_scale(problem: Objective) -> torch.Tensor:
+    """The scale ``[g, o, 1]`` with the least nearest-rounding error, inputs taken uncorrelated.
+
+    Correlations are left to the rounding: scales that the full Gram matrix picks
+    for nearest rounding serve the learned rounding less well (docs/experiments.md).
+    """
+    widest = _widest_scale(problem)
+    importance = problem.gram.diagonal(dim1=1, dim2=2)[:, None, :]
+    best, best_error = widest, torch.full_like(widest[..., 0], math.inf)
+    for factor in SCALE_CANDIDATES.tolist():
+        scale = torch.maximum(widest * factor, problem.scale_floor[..., None])
+        residue = problem.nearest(scale) * scale - problem.weight
+        error = problem.pool((residue.square() * importance).sum(-1))
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better[..., None], scale, best)
+    return best
+
+
+def _widest_scale(problem: Objective) -> torch.Tensor:
+    """The scale that just holds the largest weight; dead rows take the mean of the others."""
+    peak = problem.weight.abs().amax(-1)
+    if problem.shared_scale:
+        peak = peak.amax(0, keepdim=True).expand_as(peak)
+    scale = peak / problem.qmax
+    alive = scale > torch.finfo(torch.float32).tiny
+    usual = scale[alive].mean() if bool(alive.any()) else torch.tensor(2.0**-12)
+    return torch.maximum(torch.where(alive, scale, usual), problem.scale_floor)[..., None]
+
+
+def refit_scale(
+    problem: Objective, codes: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The least-squares scale for given codes: ``(q G W' + q (W D)') / (q G q')``.
+
+    A row keeps its scale where the fit is undefined or leaves ``[s/3, 3s]``.
+    """
+    projected = codes @ problem.gram
+    wanted = problem.pool((projected * problem.weight + codes * problem.linear).sum(-1))
+    power = problem.pool((projected * codes).sum(-1))
+    fitted = (wanted / power.clamp_min(torch.finfo(torch.float32).tiny))[..., None]
+    floor = torch.maximum(scale / 3, problem.scale_floor[..., None])
+    sound = (power[..., None] > 0) & (fitted >= floor) & (fitted <= 3 * scale)
+    return torch.where(sound, fitted, scale)
+
+
+# --- methods ----------------------------------------------------------------------------
+
+Rounder = Callable[
+    [Objective, torch.Tensor, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+def round_nearest(
+    problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounding to nearest."""
+    return problem.nearest(scale), scale
+
+
+def round_attention(
+    problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention Round, then greedy descent and least-squares scales in turn."""
+    codes = descend(problem, attention_codes(problem, scale, steps, generator), scale)
+    for _ in range(REFITS):
+        scale = refit_scale(problem, codes, scale)
+        codes = descend(problem, codes, scale)
+    return codes, scale
+
+
+def attention_codes(
+    problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Learn an offset for each weight, and keep the best codes seen in each row.
+
+    Forward ``q = clip(round(W/s + a))`` with ``a ~ N(0, tau^2)`` at the start, so
+    that ``P(q = k) = Phi((k+1/2-z)/tau) - Phi((k-1/2-z)/tau)``. Backward, the
+    straight-through gradient ``g`` is weighted by the Gaussian attention of where
+    ``a`` stands, ``1/2 + sign(g) erf(a / (tau sqrt 2)) / 2``: moves back toward the
+    weight pass, moves further away fade, yet never to zero.
+    """
+    position = problem.weight / scale
+    offset = torch.randn(position.shape, generator=generator) * TAU
+    momentum, variance = torch.zeros_like(offset), torch.zeros_like(offset)
+    best = problem.nearest(scale)
+    best_loss = problem.loss(best, scale)
+    for step in range(1, steps + 1):
+        codes = problem.clip_round(position + offset)
+        slope = problem.slope(codes, scale)
+        loss = ((codes * scale - problem.weight) * (slope - problem.linear)).sum(-1)
+        loss += problem.constant
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        best[better] = codes[better]
+        gradient = slope.mul_(scale)
+        attention = torch.erf(offset / (TAU * math.sqrt(2)))
+        gradient.mul_(torch.where(gradient >= 0, attention, -attention).add_(1.0).mul_(0.5))
+        _adam(offset, gradient, momentum, variance, step, steps)
+    return best
+
+
+def _adam(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum: torch.Tensor,
+    variance: torch.Tensor,
+    step: int,
+    steps: int,
+) -> None:
+    """One step of Adam, in place, with a cosine decay of the learning rate."""
+    momentum.lerp_(gradient, 0.1)
+    variance.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+    rate *= math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+    tiny = torch.finfo(torch.float32).tiny
+    parameter.addcdiv_(momentum, variance.sqrt().add_(tiny), value=-rate)
+
+
+def descend(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Greedy coordinate descent: in each row, move the one weight that gains most, until none.
+
+    A weight may move to any level. The gain of moving code ``j`` by ``k`` is
+    ``-k s (2 h_j + k s G_jj)`` with the slope ``h``; the best ``k`` is
+    ``round(-h_j / (s G_jj))``, within the range. Rows that are done drop out.
+    """
+    groups, outputs, depth = codes.shape
+    result = codes.reshape(-1, depth).clone()
+    state = result.clone()
+    slope = problem.slope(codes, scale).reshape(-1, depth)
+    steps = scale.reshape(-1, 1)
+    group = torch.arange(groups).repeat_interleave(outputs)
+    diagonal = problem.gram.diagonal(dim1=1, dim2=2)
+    active = torch.arange(len(result))
+    for _ in range(4 * depth):
+        stiffness = diagonal[group] * steps
+        move = problem.clip_round(state - slope / stiffness).sub_(state)
+        gain, where = (move * steps * (2 * slope + move * stiffness)).min(1)
+        gains = gain < -1e-7 * (stiffness.mean(1) * steps[:, 0])
+        if not bool(gains.all()):
+            result[active[~gains]] = state[~gains]
+            active, state, slope = active[gains], state[gains], slope[gains]
+            steps, group, move, where = steps[gains], group[gains], move[gains], where[gains]
+            if not len(active):
+                break
+        taken = move.gather(1, where[:, None])
+        state.scatter_add_(1, where[:, None], taken)
+        slope += (taken * steps) * problem.gram[group, where]
+    result[active] = state
+    return result.reshape(codes.shape)
+
+
+def round_adaround(
+    problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AdaRound: up or down, by a rectified sigmoid that a regulariser drives to 0 or 1.
+
+    Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
+    arXiv 2004.10568: stretch (-0.1, 1.1), beta annealed 20 to 2 after a fifth of
+    the steps, Adam with learning rate 0.01 on the exact objective.
+    """
+    position = problem.weight / scale
+    floor = position.floor()
+    fraction = (position - floor).clamp(0.01, 0.99)
+    logits = torch.logit((fraction + 0.1) / 1.2).requires_grad_()
+    optimiser = torch.optim.Adam([logits], lr=0.01)
+    unit = problem.gram.diagonal(dim1=1, dim2=2).mean() * scale.square().mean()
+    for step in range(steps):
+        upness = (torch.sigmoid(logits) * 1.2 - 0.1).clamp(0, 1)
+        soft = (floor + upness).clamp(problem.qmin, problem.qmax)
+        loss = problem.loss(soft, scale).sum() / unit
+        done = step / steps
+        if done > 0.2:
+            beta = 2 + 18 * 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
+            loss = loss + 0.01 * (1 - (2 * upness - 1).abs().pow(beta)).sum()
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    up = (logits.detach() > 0).to(floor.dtype)
+    return (floor + up).clamp(problem.qmin, problem.qmax), scale
+
+
+ROUNDERS: dict[str, Rounder] = {
+    "attention": round_attention,
+    "adaround": round_adaround,
+    "nearest": round_nearest,
+}

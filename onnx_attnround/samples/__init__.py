@@ -1,0 +1,153 @@
+"""Calibration samples: one streaming reader for every form in which they come.
+
+A source is a sequence of feeds (files, folders, mappings); a feed gives each
+model input a :class:`Stream`, whose header is known and whose rows are read on
+demand. Names, types, shapes and counts are judged from headers when the source
+is opened, values while they stream. Memory never depends on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, groupby
+from pathlib import Path
+
+import numpy as np
+
+from onnx_attnround.errors import CalibrationError
+from onnx_attnround.preprocess import Preprocess
+from onnx_attnround.records import Array, InputSpec
+from onnx_attnround.samples.parts import Part, part_of
+from onnx_attnround.samples.sources import feeds_of
+from onnx_attnround.samples.streams import Feeds, length, listed, npz, rows_of
+
+__all__ = ["Feeds", "Samples", "open_samples", "read_labels"]
+
+
+class Samples:
+    """A re-iterable, deterministic stream of model inputs; made by :func:`open_samples`.
+
+    ``count`` is the number of samples that :meth:`batches` gives in all.
+    """
+
+    def __init__(self, parts: Callable[[], Iterator[Part]], limit: int | None) -> None:
+        """``parts`` gives the matched feeds anew at each call, of which ``limit`` rows are used."""
+        self._parts = parts
+        self._limit = limit
+        self.count = self._usable()
+
+    def batches(self, batch_size: int) -> Iterator[Feeds]:
+        """Feeds for the model, stacked on axis 0, each input in the model's own dtype.
+
+        Batches hold ``batch_size`` samples (fewer where samples run out or change
+        shape), or exactly the model's static batch. Raises ``CalibrationError``
+        where a value is NaN, infinite or out of range.
+        """
+        for (static, _), group in groupby(self._limited(), key=lambda part: part.key):
+            first = next(group)
+            size = static or batch_size
+            fixed = {name: next(stream.blocks(None)) for name, stream in first.fixed.items()}
+            if not first.rows:
+                yield fixed
+                continue
+            blocks = chain.from_iterable(part.blocks(size) for part in chain([first], group))
+            for batch in _rechunk(blocks, size, drop_rest=static is not None):
+                yield {**batch, **fixed}
+
+    def _limited(self) -> Iterator[Part]:
+        left = self._limit
+        for part in self._parts():
+            if left is None:
+                yield part
+                continue
+            if left > 0:
+                yield replace(part, count=min(part.count, left))
+            left -= part.count
+            if left <= 0:
+                return
+
+    def _usable(self) -> int:
+        found = usable = 0
+        batch = 1
+        for (static, _), group in groupby(self._limited(), key=lambda part: part.key):
+            rows = sum(part.count for part in group)
+            found, batch = found + rows, static or 1
+            usable += rows - rows % batch
+        if not found:
+            raise CalibrationError("no calibration samples found: give at least one")
+        if not usable:
+            raise CalibrationError(
+                f"got {found} samples, expected at least one batch of {batch}, the model's static "
+                "first dimension: give more samples, or export the model with a dynamic batch"
+            )
+        return usable
+
+
+def open_samples(
+    source: object,
+    inputs: Sequence[InputSpec],
+    *,
+    limit: int | None = None,
+    preprocess: Preprocess | None = None,
+) -> Samples:
+    """Open calibration or evaluation samples in any supported form.
+
+    ``source`` is a path (.npz with keys = input names, .npz with uint8 ``images``
+    ``[n, height, width, channel]``, .npy, an image, a folder of either, an ONNX
+    ``test_data_set_*`` folder or a folder of such), an array (model with one
+    input), a mapping of input names to arrays, or an iterable of such mappings
+    that can be iterated again. Arrays hold one sample or a batch of them. Only
+    the first ``limit`` samples are used. ``preprocess`` is applied to uint8
+    images that feed a float input. In a folder or iterable, a feed whose inputs
+    cannot be stacked sample by sample is fed as it is and counts as one.
+
+    Raises ``CalibrationError`` if the samples cannot be read or do not fit ``inputs``.
+    """
+    if not inputs:
+        raise CalibrationError("the model has no inputs: there is nothing to calibrate with")
+    feeds = feeds_of(source, inputs, preprocess)
+    return Samples(lambda: (part_of(feed, inputs, preprocess) for feed in feeds()), limit)
+
+
+def read_labels(path: str | Path) -> Array:
+    """The class labels, int64 ``[n]``, under the key ``labels`` of an .npz file.
+
+    Raises ``CalibrationError`` if there are none or they are not integers ``[n]``.
+    """
+    label = f"{path}['labels']"
+    members = npz(Path(path))
+    if "labels" not in members:
+        raise CalibrationError(
+            f"'{path}' has no 'labels', found {listed(members)}: add an integer array [n]"
+        )
+    stream = members["labels"]()
+    if stream.dtype.kind not in "iu" or len(stream.shape) != 1:
+        raise CalibrationError(
+            f"{label}: got {stream.dtype} {list(stream.shape)}, expected integers [n]: "
+            "save class indices"
+        )
+    return next(stream.blocks(None)).astype(np.int64)
+
+
+def _rechunk(blocks: Iterable[Feeds], size: int, *, drop_rest: bool) -> Iterator[Feeds]:
+    """Blocks of any length, none above ``size`` rows, joined and cut to ``size`` rows."""
+    held: list[Feeds] = []
+    rows = 0
+    for block in blocks:
+        held.append(block)
+        rows += length(block)
+        if rows >= size:
+            over = rows - size
+            keep = length(block) - over
+            held[-1] = rows_of(block, 0, keep)
+            yield _joined(held)
+            held, rows = [rows_of(block, keep, keep + over)] if over else [], over
+    if held and not drop_rest:
+        yield _joined(held)
+
+
+def _joined(blocks: Sequence[Feeds]) -> Feeds:
+    if len(blocks) == 1:
+        return blocks[0]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

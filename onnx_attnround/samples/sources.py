@@ -1,0 +1,158 @@
+"""What the user gave, as a sequence of feeds: files, folders, arrays, mappings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_attnround.errors import CalibrationError
+from onnx_attnround.preprocess import Preprocess
+from onnx_attnround.records import Array, InputSpec
+from onnx_attnround.samples.streams import (
+    Found,
+    Stream,
+    image,
+    listed,
+    memory,
+    npy_file,
+    npz,
+    reading,
+)
+
+_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+_FORMS = ".npz, .npy, an image, or a folder of .npz, .npy, images or ONNX test_data_set_* folders"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """Arrays by name, or one without a name, and where they come from.
+
+    ``as_is`` allows a feed whose inputs cannot be stacked sample by sample.
+    """
+
+    label: str
+    found: Found | Callable[[], Stream]
+    as_is: bool
+
+
+def feeds_of(
+    source: object, specs: Sequence[InputSpec], preprocess: Preprocess | None
+) -> Callable[[], Iterable[Feed]]:
+    """A function that gives the feeds of ``source`` anew at each call."""
+    if isinstance(source, str | Path):
+        return _feeds_of_path(Path(source), specs, preprocess)
+    if isinstance(source, np.ndarray):
+        feed = Feed(label="array", found=lambda: memory("array", source), as_is=False)
+        return lambda: [feed]
+    if isinstance(source, Mapping):
+        feed = _mapping("mapping", source, as_is=False)
+        return lambda: [feed]
+    if isinstance(source, Iterator) or not isinstance(source, Iterable):
+        raise CalibrationError(
+            f"got calibration samples of type {type(source).__name__}, expected a path, an array, "
+            "a mapping of input names to arrays, or a list of such mappings: "
+            "samples are read more than once, so wrap a generator in list()"
+        )
+    return lambda: (_item(index, item) for index, item in enumerate(source))
+
+
+def _item(index: int, item: object) -> Feed:
+    label = f"item {index}"
+    if not isinstance(item, Mapping):
+        raise CalibrationError(
+            f"{label}: got {type(item).__name__}, expected a mapping of input names to arrays"
+        )
+    return _mapping(label, item, as_is=True)
+
+
+def _mapping(label: str, arrays: Mapping[str, Any], *, as_is: bool) -> Feed:
+    found = {
+        str(key): partial(memory, f"{label}['{key}']", np.asarray(value))
+        for key, value in arrays.items()
+    }
+    return Feed(label=label, found=found, as_is=as_is)
+
+
+def _feeds_of_path(
+    path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | None
+) -> Callable[[], Iterable[Feed]]:
+    if path.is_file():
+        return lambda: [_file(path, preprocess, as_is=False)]
+    if not path.is_dir():
+        raise CalibrationError(f"'{path}' not found: expected {_FORMS}")
+    sets = (
+        [path]
+        if any(path.glob("input_*.pb"))
+        else _sorted(folder for folder in path.glob("test_data_set_*") if folder.is_dir())
+    )
+    if sets:
+        return lambda: (_data_set(folder, specs) for folder in sets)
+    files = _sorted(file for file in path.iterdir() if file.suffix.lower() in (".npz", ".npy"))
+    files = files or _sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES
+    )
+    if not files:
+        raise CalibrationError(f"folder '{path}' holds no samples: expected {_FORMS}")
+    return lambda: (_file(file, preprocess, as_is=True) for file in files)
+
+
+def _file(path: Path, preprocess: Preprocess | None, *, as_is: bool) -> Feed:
+    found: Found | Callable[[], Stream]
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        found = npz(path)
+    elif suffix == ".npy":
+        found = partial(npy_file, path)
+    elif suffix in _IMAGE_SUFFIXES:
+        found = partial(image, path, preprocess.mode if preprocess else "RGB")
+    else:
+        raise CalibrationError(f"'{path}' is of an unknown form: expected {_FORMS}")
+    return Feed(label=str(path), found=found, as_is=as_is)
+
+
+def _data_set(folder: Path, specs: Sequence[InputSpec]) -> Feed:
+    """One ONNX test data set: tensors by name where their names are the inputs', else by number."""
+    files = _sorted(folder.glob("input_*.pb"))
+    tensors = [_tensor(file) for file in files]
+    names = [tensor.name for tensor in tensors]
+    if sorted(names) != sorted(spec.name for spec in specs):
+        if len(files) != len(specs):
+            raise CalibrationError(
+                f"'{folder}' holds {len(files)} files input_*.pb, expected one for each of the "
+                f"model's {len(specs)} inputs: {listed(spec.name for spec in specs)}"
+            )
+        names = [spec.name for spec in specs]
+    found = {
+        name: partial(memory, str(file), _tensor_values(file, tensor))
+        for name, file, tensor in zip(names, files, tensors, strict=True)
+    }
+    return Feed(label=str(folder), found=found, as_is=True)
+
+
+def _tensor(path: Path) -> onnx.TensorProto:
+    tensor = onnx.TensorProto()
+    with reading(str(path)):
+        tensor.ParseFromString(path.read_bytes())
+    return tensor
+
+
+def _tensor_values(path: Path, tensor: onnx.TensorProto) -> Array:
+    with reading(str(path)):
+        return onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
+
+
+def _sorted(paths: Iterable[Path]) -> list[Path]:
+    """By name, runs of digits as numbers (``set_2`` before ``set_10``), hidden files left out."""
+
+    def key(path: Path) -> list[str | int]:
+        pieces = re.split("([0-9]+)", path.as_posix())
+        return [int(p) if p.isascii() and p.isdecimal() else p for p in pieces]
+
+    return sorted((path for path in paths if not path.name.startswith(".")), key=key)

@@ -1,0 +1,39 @@
+"""Reading and replacing the constants that a fold changes."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_attnround.records import Array
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """An initializer in float64; ``None`` if ``value`` is no floating-point initializer."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        return None
+    if not value.const_value.dtype.is_floating_point():
+        return None
+    return value.const_value.numpy().astype(np.float64)
+
+
+def replace_constant(node: ir.Node, index: int, old: ir.Value | None, data: Array) -> None:
+    """Make input ``index`` of ``node`` an initializer with ``data``, in the type of ``old``.
+
+    It takes the place and name of ``old`` if only one node reads that; a
+    constant that others share stays as it is.
+    """
+    if node.graph is None or old is None or old.const_value is None:
+        raise ValueError(f"node '{node.name}' is in no graph, or {old} is no constant")
+    tensor = ir.tensor(data.astype(old.const_value.dtype.numpy()), name=old.name)
+    if len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value, old.shape = tensor, ir.Shape(data.shape)
+        node.replace_input_with(index, old)
+        return
+    taken = ir.convenience.create_value_mapping(node.graph)
+    tensor.name = next(name for i in count() if (name := f"{old.name}_{i}") not in taken)
+    new = ir.val(tensor.name, const_value=tensor)
+    node.graph.register_initializer(new)
+    node.replace_input_with(index, new)

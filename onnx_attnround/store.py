@@ -1,0 +1,87 @@
+"""Where the live activations of the walk are kept: memory up to a budget, then a file."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from onnx_attnround.errors import OutputError
+from onnx_attnround.records import Array
+
+
+@dataclass(slots=True)
+class _Spilled:
+    """An array that lies in a file of its own."""
+
+    path: Path
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+
+class ActivationStore:
+    """Batches of named tensors; what exceeds ``budget`` bytes of memory goes to disk.
+
+    Files are read with plain reads, never mapped: mapped pages would count as
+    resident memory. A context manager; leaving it deletes the files.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._free = budget
+        self._held: dict[tuple[str, int], Array | _Spilled] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written = 0
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def put(self, name: str, batch: int, values: Array) -> None:
+        """Keep one batch; raises ``OutputError`` if the disk is full."""
+        if values.nbytes <= self._free:
+            self._free -= values.nbytes
+            self._held[name, batch] = values
+        else:
+            self._held[name, batch] = self._spill(values)
+
+    def get(self, name: str, batch: int) -> Array:
+        """The batch that ``put`` kept under this name."""
+        held = self._held[name, batch]
+        if isinstance(held, _Spilled):
+            return np.fromfile(held.path, held.dtype).reshape(held.shape)
+        return held
+
+    def release(self, name: str) -> None:
+        """Forget all batches of a tensor."""
+        for key in [key for key in self._held if key[0] == name]:
+            held = self._held.pop(key)
+            if isinstance(held, _Spilled):
+                held.path.unlink()
+            else:
+                self._free += held.nbytes
+
+    def _spill(self, values: Array) -> _Spilled:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="attnround-")
+        path = Path(self._folder.name) / f"{self._written}.bin"
+        self._written += 1
+        try:
+            values.tofile(path)
+        except OSError as error:
+            raise OutputError(
+                f"cannot keep activations in '{path.parent}': {error}; free some disk space, set "
+                "TMPDIR to a larger disk, or use fewer samples"
+            ) from error
+        return _Spilled(path, values.dtype, values.shape)

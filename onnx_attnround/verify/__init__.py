@@ -1,0 +1,94 @@
+"""The quantised model against the float model, both run in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from onnx_attnround.records import Array, Event, LayerPlan
+from onnx_attnround.samples import Samples
+from onnx_attnround.verify.compare import (
+    LAYER_SAMPLES,
+    batches,
+    check_labels,
+    compare_layers,
+    compare_outputs,
+)
+from onnx_attnround.verify.gates import check_gates
+from onnx_attnround.verify.results import Accuracy, Latency, OutputComparison, Verification
+from onnx_attnround.verify.runs import BATCH, Step, open_pair
+from onnx_attnround.verify.speed import measure_speed, serialised_bytes
+
+__all__ = [
+    "Accuracy",
+    "Latency",
+    "OutputComparison",
+    "Verification",
+    "check_gates",
+    "check_labels",
+    "verify",
+]
+
+OUTPUT_SAMPLES = 256  # calibration samples that outputs are compared on
+
+
+def verify(
+    float_model: ir.Model,
+    quantised: ir.Model,
+    samples: Samples,
+    *,
+    labels: Array | None = None,
+    evaluation: Samples | None = None,
+    layers: Sequence[LayerPlan] = (),
+    threads: int | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Verification:
+    """Run both models and compare outputs, layers, latency and size.
+
+    Outputs are compared over all of ``evaluation`` if given, else over the first
+    256 of ``samples``; ``labels`` (``[evaluation.count]``, integers) add top-1.
+    Layers are compared over 64 of ``samples``. Latency runs use one thread, the
+    others up to ``threads``.
+
+    Raises ``OutputError`` if the quantised model does not load or run, or is not
+    finite where the float model is; ``ModelError`` if the float model does not
+    run; ``CalibrationError`` if the labels fit neither samples nor outputs.
+    """
+    check_labels(labels, evaluation, float_model)
+    models = (float_model, quantised)
+    compared, limit = (samples, OUTPUT_SAMPLES) if evaluation is None else (evaluation, None)
+    total = min(compared.count, limit or compared.count) + min(samples.count, LAYER_SAMPLES) + 1
+    step = _stepper(total, on_event)
+    count, outputs, accuracy = compare_outputs(
+        open_pair(models, threads), batches(compared, BATCH, limit), labels, step
+    )
+    layer_sqnr = compare_layers(models, layers, samples, threads, step)
+    latency, integer = measure_speed(models, samples)
+    step("latency", total)
+    return Verification(
+        samples=count,
+        outputs=tuple(sums.result() for sums in outputs.values() if sums.comparable),
+        accuracy=accuracy,
+        layer_sqnr=layer_sqnr,
+        not_compared=(
+            *(name for name, sums in outputs.items() if not sums.comparable),
+            *(layer.node for layer in layers if layer.node not in layer_sqnr),
+        ),
+        latency=latency,
+        float_bytes=serialised_bytes(float_model),
+        quantised_bytes=serialised_bytes(quantised),
+        integer_layers=tuple(layer.node for layer in layers if layer.node in integer),
+        float_layers=tuple(layer.node for layer in layers if layer.node not in integer),
+    )
+
+
+def _stepper(total: int, on_event: Callable[[Event], None]) -> Step:
+    done = 0
+
+    def step(detail: str, count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        on_event(Event(stage="verify", done=done, total=total, detail=detail))
+
+    return step

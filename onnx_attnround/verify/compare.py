@@ -1,0 +1,194 @@
+"""Outputs, layers and top-1 of the two models, compared in streaming sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_attnround.errors import CalibrationError, OutputError
+from onnx_attnround.graph import input_specs, with_outputs
+from onnx_attnround.records import Array, LayerPlan
+from onnx_attnround.samples import Samples
+from onnx_attnround.verify.results import Accuracy, OutputComparison
+from onnx_attnround.verify.runs import (
+    Feed,
+    Models,
+    Outputs,
+    Runs,
+    Step,
+    open_pair,
+    run_both,
+    sample_count,
+)
+
+LAYER_SAMPLES = 64
+LAYER_BATCH = 8  # every layer's output of a batch is held at once
+
+
+def compare_outputs(
+    runs: Runs, feeds: Iterator[Feed], labels: Array | None, step: Step
+) -> tuple[int, dict[str, Sums], Accuracy | None]:
+    """One pass of both models: samples seen, sums per graph output, and top-1."""
+    done, sums, correct = 0, dict[str, Sums](), np.zeros(2, np.int64)
+    for feed in feeds:
+        expected, got = run_both(runs, feed)
+        _add_batch(sums, expected, got)
+        if labels is not None:
+            wanted = labels[done : done + sample_count(feed)]
+            correct += [_correct(outputs, expected, wanted) for outputs in (expected, got)]
+        done += sample_count(feed)
+        step("outputs", sample_count(feed))
+    right = [int(count) for count in correct]
+    top1 = Accuracy(samples=done, float_correct=right[0], quantised_correct=right[1])
+    return done, sums, None if labels is None else top1
+
+
+def compare_layers(
+    models: Models,
+    layers: Sequence[LayerPlan],
+    samples: Samples,
+    threads: int | None,
+    step: Step,
+) -> dict[str, float]:
+    """SQNR in dB by node name, of the layers whose output both graphs still name."""
+    known = [{value.name for node in model.graph for value in node.outputs} for model in models]
+    found = {layer.y: layer.node for layer in layers if all(layer.y in names for names in known)}
+    if not found:
+        return {}
+    watched = with_outputs(models[0], list(found)), with_outputs(models[1], list(found))
+    runs, sums = open_pair(watched, threads), dict[str, Sums]()
+    for feed in batches(samples, LAYER_BATCH, LAYER_SAMPLES):
+        _add_batch(sums, *run_both(runs, feed))
+        step("layers", sample_count(feed))
+    return {found[name]: total.sqnr_db for name, total in sums.items()}
+
+
+def check_labels(labels: Array | None, evaluation: Samples | None, model: ir.Model) -> None:
+    """Raise ``CalibrationError`` unless there is one integer label per evaluation sample.
+
+    A static batch of the model may leave a last, incomplete batch of labels unused.
+    """
+    if labels is None:
+        return
+    if evaluation is None:
+        raise CalibrationError("labels without evaluation samples: give both in one file (--eval)")
+    batch = next((spec.shape[0] for spec in input_specs(model) if spec.shape), None) or 1
+    integers = labels.ndim == 1 and labels.dtype.kind in "iu"
+    if not integers or not 0 <= len(labels) - evaluation.count < batch:
+        raise CalibrationError(
+            f"labels: got {labels.dtype} of shape {list(labels.shape)}, expected integers of shape "
+            f"[{evaluation.count}], one per evaluation sample; correct the --eval file"
+        )
+
+
+def batches(samples: Samples, size: int, limit: int | None) -> Iterator[Feed]:
+    """Batches of ``size`` (or the model's static batch) until ``limit`` samples are out."""
+    done = 0
+    for feed in samples.batches(size):
+        yield feed
+        done += sample_count(feed)
+        if limit is not None and done >= limit:
+            return
+
+
+class Sums:
+    """Streaming sums over the batches of one tensor.
+
+    ``comparable`` turns false for what is no tensor of numbers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.comparable = self.floating = True
+        self.signal = self.noise = self.worst = 0.0
+        self.agreeing = self.judged = 0
+
+    def add(self, expected: Any, got: Any) -> None:
+        """Add one batch; raises ``OutputError`` on another shape, or NaN/Inf in ``got`` alone."""
+        self.comparable = isinstance(expected, np.ndarray) and expected.dtype.kind in "biuf"
+        if not self.comparable:
+            return
+        if expected.shape != got.shape:
+            raise OutputError(
+                f"tensor '{self.name}' of the quantised model: got shape {list(got.shape)}, "
+                f"expected {list(expected.shape)} as in the float model; please report this"
+            )
+        self.floating = expected.dtype.kind == "f"
+        self._add_error(expected, got)
+        self._add_agreement(expected, got)
+
+    def _add_error(self, expected: Array, got: Array) -> None:
+        finite = np.isfinite(expected)
+        if broken := int(np.count_nonzero(finite & ~np.isfinite(got))):
+            raise OutputError(
+                f"tensor '{self.name}' of the quantised model: got {broken} NaN or infinite "
+                f"elements of {got.size}, expected finite as in the float model; "
+                "--exclude the layers before it"
+            )
+        reference = expected[finite].astype(np.float64)
+        error = got[finite].astype(np.float64) - reference
+        self.signal += float(reference @ reference)
+        self.noise += float(error @ error)
+        self.worst = max(self.worst, float(np.abs(error).max(initial=0.0)))
+
+    def _add_agreement(self, expected: Array, got: Array) -> None:
+        if _class_scores(expected):
+            expected, got = expected.argmax(axis=1), got.argmax(axis=1)
+        elif self.floating:
+            return
+        self.agreeing += int(np.count_nonzero(expected == got))
+        self.judged += expected.size
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal over noise, in dB."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    def result(self) -> OutputComparison:
+        """The figures over all batches so far."""
+        return OutputComparison(
+            name=self.name,
+            sqnr_db=self.sqnr_db if self.floating else None,
+            max_abs_error=self.worst,
+            agreeing=self.agreeing,
+            judged=self.judged,
+        )
+
+
+def _add_batch(sums: dict[str, Sums], expected: Outputs, got: Outputs) -> None:
+    for name, value in expected.items():
+        sums.setdefault(name, Sums(name)).add(value, got[name])
+
+
+def _class_scores(value: Any) -> bool:
+    """Whether a model's output may hold one column per class."""
+    is_matrix = isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 2
+    return bool(is_matrix and value.shape[1] > 1)
+
+
+def _correct(outputs: Outputs, expected: Outputs, labels: Array) -> int:
+    """How many rows of the first output with class scores have their maximum at the label."""
+    name = next((name for name, value in expected.items() if _class_scores(value)), None)
+    if name is None:
+        raise CalibrationError(
+            f"labels: no output of {', '.join(expected)} holds class scores "
+            "(float, rank 2, more than one column); give --eval without labels"
+        )
+    scores = outputs[name]
+    if len(scores) != len(labels):
+        raise CalibrationError(
+            f"labels: output '{name}' has {len(scores)} rows for {len(labels)} samples, expected "
+            "one each; give --eval as a batch of samples, or without labels"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
+        raise CalibrationError(
+            f"labels: got values {labels.min()} to {labels.max()}, expected 0 to "
+            f"{scores.shape[1] - 1}, the columns of output '{name}'; correct the --eval file"
+        )
+    return int(np.count_nonzero(scores.argmax(axis=1) == labels))

@@ -1,0 +1,47 @@
+"""Gates: figures that the quantised model must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import GateError
+from onnx_attnround.verify.results import Verification
+
+
+def check_gates(verification: Verification, config: QuantConfig) -> None:
+    """Raise ``GateError`` that names every gate of ``config`` that was missed, with its figure.
+
+    ``min_sqnr`` is held against the worst float output (dB); ``max_drop``
+    against the points of top-1 lost where labels were given, else against the
+    points of disagreement with the float model. A gate that cannot be judged
+    counts as missed.
+    """
+    if missed := "; ".join(_missed(verification, config)):
+        raise GateError(
+            f"gate missed: {missed}; allow more bits (--weight-bits, --act-bits, "
+            "--mean-bits), give more calibration samples, or move the gate"
+        )
+
+
+def _missed(verification: Verification, config: QuantConfig) -> Iterator[str]:
+    """A phrase for each gate that was missed, with the figure and the gate."""
+    worst, (drop, what) = verification.worst_output, _drop(verification)
+    sqnr = None if worst is None else worst.sqnr_db
+    if config.min_sqnr is not None and sqnr is None:
+        yield f"--min-sqnr {config.min_sqnr:g} cannot be judged, no output is float"
+    elif config.min_sqnr is not None and worst and sqnr is not None and sqnr < config.min_sqnr:
+        yield (
+            f"SQNR of output '{worst.name}' is {sqnr:.2f} dB, below --min-sqnr {config.min_sqnr:g}"
+        )
+    if config.max_drop is not None and drop is None:
+        yield f"--max-drop {config.max_drop:g} cannot be judged, no output holds class scores"
+    elif config.max_drop is not None and drop is not None and drop > config.max_drop:
+        yield f"{what} is {drop:.2f} points, above --max-drop {config.max_drop:g}"
+
+
+def _drop(verification: Verification) -> tuple[float | None, str]:
+    if verification.accuracy is not None:
+        return verification.accuracy.drop_points, "loss of top-1"
+    points = [output.disagreement_points for output in verification.outputs]
+    return max((p for p in points if p is not None), default=None), "disagreement with float"

@@ -1,0 +1,70 @@
+"""Both models in ONNX Runtime, as functions from feeds to outputs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnx_attnround.errors import AttnRoundError, ModelError, OutputError
+from onnx_attnround.records import Array
+from onnx_attnround.runtime import first_line, open_session
+
+Feed = Mapping[str, Array]
+Outputs = Mapping[str, Any]
+Run = Callable[[Feed], dict[str, Any]]
+Runs = tuple[Run, Run]
+Models = tuple[ir.Model, ir.Model]
+Step = Callable[[str, int], None]
+"""Told of progress: what was run, on how many samples."""
+
+BATCH = 16
+
+
+def open_pair(models: Models, threads: int | None, optimised: Path | None = None) -> Runs:
+    """Runs of the float and the quantised model, on up to ``threads`` threads.
+
+    ``optimised`` is where ONNX Runtime writes the quantised graph as it runs it.
+    Raises ``ModelError`` or ``OutputError`` for a model that does not load.
+    """
+    return (
+        _open(models[0], "float", ModelError, threads=threads),
+        _open(models[1], "quantised", OutputError, threads=threads, optimised_model=optimised),
+    )
+
+
+def run_both(runs: Runs, feed: Feed) -> tuple[Outputs, Outputs]:
+    """Outputs of the float and the quantised model; ``OutputError`` if the names differ."""
+    expected, got = runs[0](feed), runs[1](feed)
+    if expected.keys() != got.keys():
+        raise OutputError(
+            f"the quantised model's outputs: got {', '.join(got)}, expected "
+            f"{', '.join(expected)} as in the float model; please report this"
+        )
+    return expected, got
+
+
+def sample_count(feed: Feed) -> int:
+    """How many samples a feed holds: the leading dimension of its first tensor."""
+    return next((len(value) for value in feed.values() if value.ndim), 1)
+
+
+def _open(model: ir.Model, kind: str, error: type[AttnRoundError], **options: Any) -> Run:
+    """A function from feeds to outputs by name, whose failures are worded as ``error``."""
+    try:
+        session = open_session(model, **options)
+    except ModelError as cause:
+        raise error(f"the {kind} model: {cause}") from cause
+    names = [output.name for output in session.get_outputs()]
+
+    def run(feed: Feed) -> dict[str, Any]:
+        try:
+            return dict(zip(names, session.run(names, dict(feed)), strict=True))
+        except Exception as cause:  # ONNX Runtime raises a dozen unrelated types here
+            raise error(
+                f"ONNX Runtime cannot run the {kind} model: {first_line(cause)}"
+            ) from cause
+
+    return run

@@ -1,0 +1,146 @@
+"""Walk float model and quantised prefix side by side, once, from layer to layer.
+
+At layer ``k`` the walk provides what the layer reads in the float model and in
+the model whose earlier layers are already quantised. Only tensors that a later
+stage reads are kept; the prefix is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnx_attnround.errors import CalibrationError
+from onnx_attnround.records import Array, LayerPlan
+from onnx_attnround.runtime import first_line, open_session
+from onnx_attnround.samples import Samples
+from onnx_attnround.stages import Stage, codes_of, cut, extract
+from onnx_attnround.store import ActivationStore
+
+
+class Walk:
+    """The two streams. Call ``advance(k)``, read ``inputs(k)``, quantise layer ``k``, and so on.
+
+    ``quantised`` may be updated in place between the calls: stage ``k`` is
+    extracted when it is reached.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        quantised: ir.Model,
+        layers: Sequence[LayerPlan],
+        samples: Samples,
+        *,
+        batch_size: int,
+        store: ActivationStore,
+        threads: int | None,
+    ) -> None:
+        names = [layer.node for layer in layers]
+        self._layers = layers
+        self._samples = samples
+        self._batch_size = batch_size
+        self._streams = (
+            _Stream("float", model, cut(model, names), store, threads),
+            _Stream("quantised", quantised, cut(quantised, names), store, threads),
+        )
+        self._batches = 0
+
+    def advance(self, index: int) -> None:
+        """Compute what layer ``index`` reads, from what layer ``index - 1`` now is."""
+        if index == 0:
+            self._start()
+            return
+        for stream in self._streams:
+            stream.advance(index, self._batches)
+
+    def _start(self) -> None:
+        """Read the samples once; only inputs that a later stage reads are kept."""
+        runs = [stream.start() for stream in self._streams]
+        for batch, feeds in enumerate(self._samples.batches(self._batch_size)):
+            for run in runs:
+                run(batch, feeds)
+            self._batches = batch + 1
+
+    def inputs(self, index: int) -> Iterator[tuple[Array, Array]]:
+        """Per batch the float input of layer ``index`` and that of the quantised prefix.
+
+        The latter are codes where the tensor is quantised.
+        """
+        plain, quantised = (
+            stream.reads(self._layers[index].node) for stream in self._streams
+        )
+        for batch in range(self._batches):
+            yield (
+                self._streams[0].get(plain, batch),
+                self._streams[1].get(quantised, batch),
+            )
+
+
+class _Stream:
+    """One model, its stages and its live tensors in the store."""
+
+    def __init__(
+        self,
+        label: str,
+        model: ir.Model,
+        stages: Sequence[Stage],
+        store: ActivationStore,
+        threads: int | None,
+    ) -> None:
+        self._label = label
+        self._model = model
+        self._stages = stages
+        self._store = store
+        self._threads = threads
+
+    def reads(self, node: str) -> str:
+        return codes_of(self._model, node)
+
+    def get(self, name: str, batch: int) -> Array:
+        return self._store.get(f"{self._label}:{name}", batch)
+
+    def start(self) -> Callable[[int, dict[str, Array]], None]:
+        """What to call with each batch of samples: runs stage 0 on it."""
+        stage, later = self._stages[0], {n for s in self._stages[1:] for n in s.inputs}
+        session = self._session(stage)
+
+        def run(batch: int, feeds: dict[str, Array]) -> None:
+            for name in feeds.keys() & later:
+                self._put(name, batch, feeds[name])
+            if session is not None:
+                self._run(session, stage, batch, feeds)
+
+        return run
+
+    def advance(self, index: int, batches: int) -> None:
+        stage = self._stages[index]
+        session = self._session(stage)
+        if session is not None:
+            for batch in range(batches):
+                self._run(session, stage, batch, {n: self.get(n, batch) for n in stage.inputs})
+        for name in stage.released:
+            self._store.release(f"{self._label}:{name}")
+
+    def _session(self, stage: Stage) -> ort.InferenceSession | None:
+        if not stage.outputs:
+            return None
+        return open_session(extract(self._model, stage), threads=self._threads)
+
+    def _put(self, name: str, batch: int, values: Array) -> None:
+        self._store.put(f"{self._label}:{name}", batch, np.ascontiguousarray(values))
+
+    def _run(
+        self, session: ort.InferenceSession, stage: Stage, batch: int, feeds: dict[str, Array]
+    ) -> None:
+        try:
+            results = session.run(list(stage.outputs), {n: feeds[n] for n in stage.inputs})
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            raise CalibrationError(
+                f"ONNX Runtime failed on calibration batch {batch}: {first_line(error)}"
+            ) from error
+        for name, values in zip(stage.outputs, results, strict=True):
+            self._put(name, batch, values)

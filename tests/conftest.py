@@ -1,0 +1,23 @@
+"""Fixtures that name the folders with models and data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """The sample models of this repository."""
+    return Path(__file__).resolve().parent.parent / "models"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Models and images for tests marked ``data``; they skip where there are none."""
+    folder = os.environ.get("ATTNROUND_DATA")
+    if not folder:
+        pytest.skip("ATTNROUND_DATA does not name the folder with test models and images")
+    return Path(folder)
