@@ -81,13 +81,13 @@ def _rows(
     depth: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled patches of both streams, ``[g, n, d]``."""
-    values = torch.from_numpy(v)
+    zero = 0.0 if params is None else float(params.zero_point)
+    grid_x, grid_v = (input_grid(layer, torch.from_numpy(values)) for values in (x, v))
+    index = _positions(len(grid_x.x), grid_x.count, seen, count, depth)
+    rows_x, rows_v = grid_x.rows(index), grid_v.rows(index, zero).float()
     if params is not None:
-        values = (values.float() - float(params.zero_point)) * float(params.scale)
-    grids = [input_grid(layer, torch.from_numpy(x)), input_grid(layer, values)]
-    index = _positions(grids[0].view.shape[0], grids[0].count, seen, count, depth)
-    rows_x, rows_v = (grid.rows(index).transpose(0, 1).contiguous() for grid in grids)
-    return rows_x, rows_v
+        rows_v.sub_(zero).mul_(float(params.scale))
+    return rows_x.transpose(0, 1).contiguous(), rows_v.transpose(0, 1).contiguous()
 
 
 def _positions(samples: int, positions: int, seen: int, count: int, depth: int) -> torch.Tensor:

@@ -42,15 +42,22 @@ class WeightedOp:
     macs: Callable[[Attributes, Shape, Shape, Shape], int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """All patches of one input batch, as a strided view that copies nothing.
+    """All patches of one input batch, of which only those asked for are ever built.
 
-    ``view`` is ``[n, c, *positions, *kernel]``; ``groups`` splits ``c``.
+    ``x`` is ``[n, c, *sizes]``. Along each spatial axis, output position ``o``
+    and tap ``k`` read input ``(o * stride + k * dilation - begin) / spread``: zero
+    where that is no integer or outside. ``groups`` splits ``c``.
     """
 
-    view: torch.Tensor
+    x: torch.Tensor
     positions: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    begins: tuple[int, ...]
+    spreads: tuple[int, ...]
     groups: int
 
     @property
@@ -58,14 +65,34 @@ class Grid:
         """Output positions per sample."""
         return math.prod(self.positions)
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Patches ``[n*p, g, d]`` at the flat positions ``index [n, p]``."""
+    def rows(self, index: torch.Tensor, zero: float = 0.0) -> torch.Tensor:
+        """Patches ``[n*p, g, d]`` at the flat positions ``index [n, p]``; ``zero`` pads."""
         import torch
 
-        samples = torch.arange(index.shape[0], device=index.device)[:, None]
-        where = torch.unravel_index(index, self.positions)
-        picked = self.view[(samples, slice(None), *where)]
-        return picked.reshape(index.numel(), self.groups, -1)
+        where, inside = self._sources(index)
+        samples = torch.arange(len(index), device=index.device)[:, None, None]
+        picked = self.x.flatten(2)[samples, :, where]  # [n, p, taps, c]
+        picked[~inside] = zero
+        return picked.transpose(2, 3).reshape(index.numel(), self.groups, -1)
+
+    def _sources(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat input positions ``[n, p, taps]``, and which of them lie inside."""
+        import torch
+
+        outputs = torch.unravel_index(index, self.positions)
+        taps = torch.unravel_index(torch.arange(math.prod(self.kernel)), self.kernel)
+        where = torch.zeros((*index.shape, math.prod(self.kernel)), dtype=torch.int64)
+        inside = torch.ones_like(where, dtype=torch.bool)
+        for axis, size in enumerate(self.x.shape[2:]):
+            at = outputs[axis][..., None] * self.strides[axis] - self.begins[axis]
+            at = at + taps[axis] * self.dilations[axis]
+            spread = self.spreads[axis]
+            if spread > 1:
+                inside &= at % spread == 0
+                at = at.div(spread, rounding_mode="floor")
+            inside &= (at >= 0) & (at < size)
+            where = where * size + at.clamp(0, size - 1)
+        return where, inside
 
 
 # --- Conv and ConvTranspose -------------------------------------------------------------
@@ -97,38 +124,23 @@ def _split_pads(total: Sequence[int], *, upper: bool) -> list[int]:
     return small + large if upper else large + small
 
 
-def _pad(x: torch.Tensor, pads: Sequence[int]) -> torch.Tensor:
-    import torch.nn.functional as F
-
-    rank = len(pads) // 2
-    order = [p for axis in reversed(range(rank)) for p in (pads[axis], pads[axis + rank])]
-    return F.pad(x, order) if any(order) else x
-
-
-def _window_view(
-    x: torch.Tensor, kernel: Shape, strides: Shape, dilations: Shape, groups: int
-) -> Grid:
-    positions = tuple(
-        (size - (k - 1) * d - 1) // s + 1
-        for size, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
-    )
-    steps = x.stride()
-    view = x.as_strided(
-        (x.shape[0], x.shape[1], *positions, *kernel),
-        (
-            *steps[:2],
-            *(step * s for step, s in zip(steps[2:], strides, strict=True)),
-            *(step * d for step, d in zip(steps[2:], dilations, strict=True)),
-        ),
-    )
-    return Grid(view, positions, groups)
-
-
 def _conv_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> Grid:
-    kernel = weight_shape[2:]
+    kernel, sizes = tuple(weight_shape[2:]), x.shape[2:]
     strides, dilations = _spatial(attributes, kernel)
-    padded = _pad(x, conv_pads(attributes, x.shape[2:], kernel)).contiguous()
-    return _window_view(padded, kernel, strides, dilations, attributes.get("group", 1))
+    pads = conv_pads(attributes, sizes, kernel)
+    return Grid(
+        x=x,
+        positions=tuple(
+            (size + pads[i] + pads[i + len(kernel)] - (k - 1) * dilations[i] - 1) // strides[i] + 1
+            for i, (size, k) in enumerate(zip(sizes, kernel, strict=True))
+        ),
+        kernel=kernel,
+        strides=tuple(strides),
+        dilations=tuple(dilations),
+        begins=tuple(pads[: len(kernel)]),
+        spreads=(1,) * len(kernel),
+        groups=attributes.get("group", 1),
+    )
 
 
 def _transpose_pads(attributes: Attributes, sizes: Shape, kernel: Shape) -> list[int]:
@@ -155,13 +167,22 @@ def _transpose_pads(attributes: Attributes, sizes: Shape, kernel: Shape) -> list
 
 def _transpose_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> Grid:
     """ConvTranspose as a Conv with stride 1 over the input with zeros between its elements."""
-    kernel = weight_shape[2:]
+    kernel, sizes = tuple(weight_shape[2:]), x.shape[2:]
     strides, dilations = _spatial(attributes, kernel)
-    sizes = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], strides, strict=True)]
-    spread = x.new_zeros((*x.shape[:2], *sizes))
-    spread[(..., *(slice(None, None, s) for s in strides))] = x
-    padded = _pad(spread, _transpose_pads(attributes, x.shape[2:], kernel)).contiguous()
-    return _window_view(padded, kernel, [1] * len(kernel), dilations, attributes.get("group", 1))
+    pads = _transpose_pads(attributes, sizes, kernel)
+    return Grid(
+        x=x,
+        positions=tuple(
+            (size - 1) * strides[i] + pads[i] + pads[i + len(kernel)] - (k - 1) * dilations[i] + 1
+            for i, (size, k) in enumerate(zip(sizes, kernel, strict=True))
+        ),
+        kernel=kernel,
+        strides=(1,) * len(kernel),
+        dilations=tuple(dilations),
+        begins=tuple(pads[: len(kernel)]),
+        spreads=tuple(strides),
+        groups=attributes.get("group", 1),
+    )
 
 
 def _conv_matrix(weight: Array, attributes: Attributes) -> Array:
@@ -215,9 +236,18 @@ def _gemm_weight(matrix: Array, attributes: Attributes, shape: Shape) -> Array:
 
 
 def _dense_grid(x: torch.Tensor) -> Grid:
-    # [n, t, k] seen as n samples of k channels at t positions with a kernel of size 1.
-    view = x.transpose(1, 2)
-    return Grid(view[..., None], (x.shape[1],), 1)
+    """``[n, t, k]`` as ``n`` samples of ``k`` channels at ``t`` positions, kernel size 1."""
+    one = (1,)
+    return Grid(
+        x=x.transpose(1, 2),
+        positions=(x.shape[1],),
+        kernel=one,
+        strides=one,
+        dilations=one,
+        begins=(0,),
+        spreads=one,
+        groups=1,
+    )
 
 
 def _gemm_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> Grid:

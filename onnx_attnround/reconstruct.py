@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,7 +76,8 @@ def round_plain(
         problem = plain_objective(
             layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_scale=layer.shared_scale
         )
-        solution = solve(problem, "nearest", steps=0, seed=0)
+        with _torch_threads(layer, None):
+            solution = solve(problem, "nearest", steps=0, seed=0)
         power = max(float(layer.weight.square().sum()), 1e-30)
         roundings[layer.plan.node] = layer.rounding(solution, layer.bias, power)
     return roundings
@@ -109,19 +111,32 @@ def round_layers(
         )
         for index, layer in enumerate(layers):
             walk.advance(index)
-            moments = collect(
-                layer.plan,
-                layer.weight,
-                walk.inputs(index),
-                samples.count,
-                params.get(layer.plan.x),
-                centred=layer.bias is not None,
-            )
-            rounding = _round(layer, moments, config, index)
+            with _torch_threads(layer, config.threads):
+                moments = collect(
+                    layer.plan,
+                    layer.weight,
+                    walk.inputs(index),
+                    samples.count,
+                    params.get(layer.plan.x),
+                    centred=layer.bias is not None,
+                )
+                rounding = _round(layer, moments, config, index)
             roundings[layer.plan.node] = rounding
             qdq.update_layer(quantised, layer.plan, rounding, params, plan)
             on_event(_event(layer, rounding, index + 1, len(layers)))
     return roundings
+
+
+@contextmanager
+def _torch_threads(layer: _Layer, limit: int | None) -> Iterator[None]:
+    """One thread for a small layer, else all that torch or ``limit`` allows."""
+    usual = torch.get_num_threads()
+    small = layer.weight.numel() < SINGLE_THREAD_BELOW
+    torch.set_num_threads(1 if small else limit or usual)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _round(layer: _Layer, moments: Moments, config: QuantConfig, index: int) -> LayerRounding:
@@ -132,11 +147,7 @@ def _round(layer: _Layer, moments: Moments, config: QuantConfig, index: int) -> 
         scale_floor=layer.scale_floor,
         shared_scale=layer.shared_scale,
     )
-    threads = torch.get_num_threads()
-    if layer.weight.numel() < SINGLE_THREAD_BELOW:
-        torch.set_num_threads(1)
     solution = solve(problem, config.method, steps=config.steps, seed=config.seed + index)
-    torch.set_num_threads(threads)
     bias = None
     if layer.bias is not None:
         delta = solution.codes * solution.scale - layer.weight

@@ -26,6 +26,8 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    # Waiting threads that spin cost CPU time that other work on the machine could use.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimised_model is not None:
         options.optimized_model_filepath = str(optimised_model)
     source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()

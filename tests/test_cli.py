@@ -290,12 +290,18 @@ def test_a_report_without_a_folder_is_found_out_before_the_run(
     assert fake.config is None
 
 
-def test_bars_show_names_with_brackets(
-    fake: FakeQuantize, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_bars_fill_when_the_next_stage_begins_and_keep_names_as_they_are(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with progress._bars() as on_event:
+    with pytest.raises(KeyboardInterrupt), progress._bars() as on_event:
+        on_event(Event(stage="plan", done=0, total=1))
         on_event(Event(stage="round", done=1, total=2, detail="/conv[red] 1.00 -> 0.50"))
-    assert "/conv[red] 1.00 -> 0.50" in capsys.readouterr().err
+        raise KeyboardInterrupt
+    plan, rounding = capsys.readouterr().err.splitlines()[-2:]
+    assert plan.startswith("plan")
+    assert " 1/1 " in plan
+    assert " 1/2 " in rounding
+    assert rounding.endswith("/conv[red] 1.00 -> 0.50")
 
 
 def test_missing_files_are_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
