@@ -1,8 +1,8 @@
 """Post-training quantisation of ONNX models by Attention Round: ONNX in, standard QDQ out.
 
-    from onnx_attnround import QuantConfig, quantize
+from onnx_attnround import QuantConfig, quantize
 
-    quantize("in.onnx", "samples.npz", QuantConfig(weight_bits=4), output="out.onnx")
+quantize("in.onnx", "samples.npz", QuantConfig(weight_bits=4), output="out.onnx")
 """
 
 from __future__ import annotations

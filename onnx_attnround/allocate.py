@@ -7,13 +7,16 @@ IEEE TPAMI 2007)
 
     L(W) = (m + n)/2 * log2 det(I + n/(m eps^2) W W').
 
-Here ``eps^2`` is a fixed share of the power of the vectors, so that rescaling a
-layer does not change its bits. The more bits a weight takes to code, the wider
-its codes.
+Here ``eps^2`` is a share of the power of the vectors, so that rescaling a layer
+does not change its bits. The share is proportional to the number of weights: a
+model's relative errors add up, and the least sum under a budget of bits gives
+each layer an error in proportion to what its bits cost. The more bits a weight
+then takes to code, the wider its codes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -22,13 +25,17 @@ import numpy as np
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.records import Array, BitAllocation, LayerPlan
 
-DISTORTION = 4.0**-4  # eps^2 as a share of the mean power of the vectors
+DISTORTION = 0.25
+"""``eps^2`` as a share of the mean power, for a layer of average size (docs/experiments.md)."""
 
 
-def coding_length(matrix: Array) -> float:
-    """Lossy coding length of the rows of ``matrix [m, n]``, in bits per entry.
+def coding_length(matrix: Array, distortion: float = DISTORTION) -> float:
+    """Lossy coding length of the rows of ``matrix [m, n]``, in bits per degree of freedom.
 
-    Zero for an all-zero matrix; invariant to a common factor.
+    That is ``L / ((m + n) min(m, n))``: half the base-2 logarithm of the
+    signal-to-distortion ratio, averaged over the principal directions.
+    ``distortion`` is ``eps^2`` as a share of the mean power of the rows. Zero for
+    an all-zero matrix; invariant to a common factor.
     """
     rows = matrix.astype(np.float64)
     m, n = rows.shape
@@ -36,9 +43,9 @@ def coding_length(matrix: Array) -> float:
     if power == 0.0:
         return 0.0
     gram = rows @ rows.T if m <= n else rows.T @ rows
-    gram *= n / (m * DISTORTION * power)
-    _, log_determinant = np.linalg.slogdet(np.eye(len(gram)) + gram)
-    return (m + n) / 2 * float(log_determinant) / np.log(2.0) / (m * n)
+    gram *= n / (m * distortion * power)
+    log_determinant = float(np.linalg.slogdet(np.eye(len(gram)) + gram)[1])
+    return 0.5 * log_determinant / (math.log(2.0) * min(m, n))
 
 
 def allocate(
@@ -48,8 +55,12 @@ def allocate(
 
     ``matrices`` holds each layer's weight as ``[g, o, d]``, by node name.
     """
+    usual = sum(layer.parameters for layer in layers) / len(layers)
     lengths = {
-        layer.node: coding_length(matrices[layer.node].reshape(-1, matrices[layer.node].shape[-1]))
+        layer.node: coding_length(
+            matrices[layer.node].reshape(-1, matrices[layer.node].shape[-1]),
+            DISTORTION * layer.parameters / usual,
+        )
         for layer in layers
     }
     bits = {layer.node: _pinned(layer, config) for layer in layers}

@@ -39,6 +39,7 @@ class OutputError(AttnRoundError):
 
 
 class GateError(AttnRoundError):
-    """The quantised model missed a gate that the user set."""
+    """The quantised model missed a gate that the user set; ``result`` is what the run measured."""
 
     exit_code = 3
+    result: object = None

@@ -82,12 +82,17 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled patches of both streams, ``[g, n, d]``."""
     zero = 0.0 if params is None else float(params.zero_point)
-    grid_x, grid_v = (input_grid(layer, torch.from_numpy(values)) for values in (x, v))
+    grid_x, grid_v = (input_grid(layer, _tensor(values)) for values in (x, v))
     index = _positions(len(grid_x.x), grid_x.count, seen, count, depth)
     rows_x, rows_v = grid_x.rows(index), grid_v.rows(index, zero).float()
     if params is not None:
         rows_v.sub_(zero).mul_(float(params.scale))
     return rows_x.transpose(0, 1).contiguous(), rows_v.transpose(0, 1).contiguous()
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    """A view of an array that torch only reads, samples of a file among them."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _positions(samples: int, positions: int, seen: int, count: int, depth: int) -> torch.Tensor:

@@ -228,11 +228,11 @@ def _matrix_rank(attributes: Attributes, shape: Shape) -> str | None:
 
 
 def _gemm_matrix(weight: Array, attributes: Attributes) -> Array:
-    return (weight if attributes.get("transB", 0) else weight.T)[None]
+    return np.expand_dims(weight if attributes.get("transB", 0) else weight.T, 0)
 
 
 def _gemm_weight(matrix: Array, attributes: Attributes, shape: Shape) -> Array:
-    return matrix[0] if attributes.get("transB", 0) else matrix[0].T
+    return matrix[0] if attributes.get("transB", 0) else np.transpose(matrix[0])
 
 
 def _dense_grid(x: torch.Tensor) -> Grid:

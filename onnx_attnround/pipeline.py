@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
@@ -20,7 +21,8 @@ from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.preprocess import Preprocess
 from onnx_attnround.reconstruct import round_layers, round_plain
-from onnx_attnround.records import BitAllocation, Event, LayerRounding, QuantPlan
+from onnx_attnround.records import Array, BitAllocation, Event, LayerRounding, QuantPlan
+from onnx_attnround.runtime import open_session
 from onnx_attnround.samples import Samples, open_samples, read_labels
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import get_target
@@ -83,6 +85,8 @@ def quantize(
         samples = _open_calibration(run, source, calibration, original, preprocess)
         held_out, labels = _open_evaluation(evaluation, original, preprocess)
         check_labels(labels, held_out, original)
+        judged_on = samples or held_out
+        _check_judgeable(config, judged_on)
     with run.stage("simplify"):
         simplified, changes = simplify(original)
         run.notes += changes
@@ -98,12 +102,14 @@ def quantize(
         quantised = qdq.insert(simplified, plan, ranges.params, roundings, storage)
         _add_provenance(quantised, config, allocation)
     verification = None
-    if samples is not None or held_out is not None:
-        with run.stage("verify"):
+    with run.stage("verify"):
+        if judged_on is None:
+            open_session(quantised, threads=config.threads)
+        else:
             verification = verify(
                 original,
                 quantised,
-                samples or held_out,  # type: ignore[arg-type]  # one of them is there
+                judged_on,
                 labels=labels,
                 evaluation=held_out,
                 layers=plan.layers,
@@ -173,17 +179,15 @@ def _open_calibration(
 
 def _open_evaluation(
     path: Path | str | None, model: ir.Model, preprocess: Preprocess | None
-) -> tuple[Samples | None, object]:
+) -> tuple[Samples | None, Array | None]:
     if path is None:
         return None, None
     samples = open_samples(path, graph.input_specs(model), preprocess=preprocess)
     return samples, _labels(Path(path))
 
 
-def _labels(path: Path) -> object:
+def _labels(path: Path) -> Array | None:
     """The labels in an .npz; ``None`` for any other form, or where it has none."""
-    import numpy as np
-
     if path.suffix != ".npz":
         return None
     with np.load(path) as archive:
@@ -242,15 +246,18 @@ def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocat
     )
 
 
-def _check_gates(result: QuantizeResult, config: QuantConfig) -> None:
-    if config.min_sqnr is None and config.max_drop is None:
-        return
-    if result.verification is None:
+def _check_judgeable(config: QuantConfig, samples: Samples | None) -> None:
+    if samples is None and (config.min_sqnr is not None or config.max_drop is not None):
         raise CalibrationError(
             "a gate is set, but there are no samples to judge it on: give --calib or --eval"
         )
+
+
+def _check_gates(result: QuantizeResult, config: QuantConfig) -> None:
+    if result.verification is None:
+        return
     try:
         check_gates(result.verification, config)
     except GateError as error:
-        error.result = result  # type: ignore[attr-defined]
+        error.result = result
         raise

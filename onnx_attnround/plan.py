@@ -38,7 +38,8 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
             f"constant float32 weight that is not excluded ({reasons or 'none found'})"
         )
     layers = _mark_ends(model, layers)
-    activations, same_range = {}, {}
+    activations: dict[str, QuantSpec] = {}
+    same_range: dict[str, str] = {}
     if quantise_activations and config.act_bits < 32:
         activations, same_range = _Activations(model, layers, target, config).find()
     return QuantPlan(
@@ -105,7 +106,7 @@ def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
         return "its input is a constant"
     attributes = _attributes(node)
     op = WEIGHTED_OPS[node.op_type]
-    shape = tuple(int(d) for d in tensor.shape)
+    shape = _static(tensor)
     reason = op.rank_error(attributes, shape)
     if reason is None:
         reason = _bias_refusal(node) or _factor_refusal(attributes)
@@ -134,6 +135,10 @@ def _attributes(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
+def _static(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(d for d in tensor.shape if isinstance(d, int))
+
+
 def _name(node: ir.Node) -> str:
     return node.name or f"<unnamed {node.op_type}>"
 
@@ -152,7 +157,7 @@ def _layer(node: ir.Node, config: QuantConfig) -> LayerPlan:
     attributes = _attributes(node)
     op = WEIGHTED_OPS[node.op_type]
     axis: int | None = op.channel_axis(attributes)
-    shape = tuple(int(d) for d in weight.const_value.shape)
+    shape = _static(weight.const_value)
     input_shape, output_shape = _shape(x), _shape(y)
     known = input_shape is not None and output_shape is not None
     return LayerPlan(

@@ -67,15 +67,13 @@ def _complete(display: progress.Progress) -> None:
 
 
 def _lines(*, verbose: bool) -> OnEvent:
-    stage, detail = "", ""
+    last: dict[str, str] = {}
 
     def on_event(event: Event) -> None:
-        nonlocal stage, detail
-        if event.stage != stage:
+        if event.stage not in last:
             sys.stderr.write(f"{event.stage}\n")
-        news = event.detail and (event.stage, event.detail) != (stage, detail)
-        stage, detail = event.stage, event.detail
-        if verbose and news:
+        if verbose and event.detail and event.detail != last.get(event.stage):
             sys.stderr.write(f"{event.stage} {event.done}/{event.total} {event.detail}\n")
+        last[event.stage] = event.detail
 
     return on_event

@@ -69,7 +69,7 @@ def _code_type(bits: int, signed: bool) -> ir.DataType:
     return ir.DataType[f"{'' if signed else 'U'}INT{width}"]
 
 
-def _tensor(values: Array, dtype: ir.DataType, name: str) -> ir.Tensor:
+def _tensor(values: Array, dtype: ir.DataType, name: str) -> ir.Tensor[Array]:
     packed = _PACKED.get(dtype.name)
     return ir.Tensor(values.astype(packed or dtype.numpy()), dtype=dtype, name=name)
 
@@ -80,7 +80,7 @@ def _layer_tensors(
     params: Mapping[str, QuantParams],
     plan: QuantPlan,
     storage: WeightStorage,
-) -> dict[str, ir.Tensor]:
+) -> dict[str, ir.Tensor[Array]]:
     """The initialisers of one layer: weight codes, scale, zero point and the bias."""
     base = layer.node
     low = rounding.spec.bits <= 4 and storage != "int8"
@@ -101,7 +101,7 @@ def _bias_tensors(
     rounding: LayerRounding,
     params: Mapping[str, QuantParams],
     plan: QuantPlan,
-) -> list[ir.Tensor]:
+) -> list[ir.Tensor[Array]]:
     if rounding.bias is None:
         return []
     scale = bias_scale(layer, rounding, params, plan)
@@ -201,7 +201,7 @@ class _Writer:
             if not value.uses() and name not in outputs:
                 del self.graph.initializers[name]
 
-    def _initializer(self, tensor: ir.Tensor) -> ir.Value:
+    def _initializer(self, tensor: ir.Tensor[Array]) -> ir.Value:
         value = ir.Value(
             name=tensor.name,
             shape=ir.Shape(tensor.shape),

@@ -30,28 +30,21 @@ def dequantize(codes: Any, scale: Any, zero_point: Any) -> Any:
 def params_from_range(spec: QuantSpec, lo: float, hi: float) -> QuantParams:
     """Per-tensor scale and zero point that cover ``[lo, hi]`` and represent 0 exactly.
 
-    A constant zero tensor gets scale 1. The scale is float32, and never so
-    large that the highest code lies above ``hi`` by more than half a step.
+    A symmetric spec centres the range on code 0 (signed) or the middle code
+    (unsigned). A tensor that is constantly zero gets scale 1.
     """
     lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
+    centre = 0 if spec.signed else (spec.qmax + 1) // 2
     if spec.symmetric:
-        # The range is centred on code 0 (signed) or on the middle code (unsigned).
-        middle = 0 if spec.signed else (spec.qmax + 1) // 2
-        scale = max(-lo / (middle - spec.qmin), hi / (spec.qmax - middle)) if lo < 0 else (
-            hi / (spec.qmax - middle)
-        )
-        zero_point = middle
+        scale = max(lo / (spec.qmin - centre), hi / (spec.qmax - centre))
     else:
         scale = (hi - lo) / (spec.qmax - spec.qmin)
-        zero_point = 0
-    tiny = float(np.finfo(np.float32).tiny)
-    scale32 = np.float32(scale) if scale > tiny else np.float32(1.0)
-    if not spec.symmetric:
-        zero_point = int(np.clip(np.rint(spec.qmin - lo / scale32), spec.qmin, spec.qmax))
+    scale32 = np.float32(scale) if scale > np.finfo(np.float32).tiny else np.float32(1.0)
+    zero_point = centre if spec.symmetric else np.rint(spec.qmin - lo / scale32)
     return QuantParams(
         spec=spec,
         scale=np.asarray(scale32, np.float32),
-        zero_point=np.asarray(zero_point, code_dtype(spec)),
+        zero_point=np.asarray(np.clip(zero_point, spec.qmin, spec.qmax), code_dtype(spec)),
     )
 
 

@@ -48,7 +48,9 @@ class _Layer:
         """Grouped ConvTranspose: the channel axis of the weight does not tell groups apart."""
         return self.plan.op_type == "ConvTranspose" and self.weight.shape[0] > 1
 
-    def rounding(self, solution: Solution, bias: torch.Tensor | None, power: float) -> LayerRounding:
+    def rounding(
+        self, solution: Solution, bias: torch.Tensor | None, power: float
+    ) -> LayerRounding:
         """The record of a solution; ``power`` is the variance of the layer's output."""
         scale = solution.scale[0, :, 0] if self.shared_scale else solution.scale.reshape(-1)
         return LayerRounding(

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnx_attnround.errors import ModelError
+from onnx_attnround.graph import in_memory
 
 ort.set_default_logger_severity(3)
 
@@ -30,11 +31,17 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimised_model is not None:
         options.optimized_model_filepath = str(optimised_model)
-    source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
+    source = str(model) if isinstance(model, Path) else _serialised(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
         raise ModelError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+
+
+def _serialised(model: ir.Model) -> bytes:
+    """The model with the values of its external data in place: no path is left to resolve."""
+    data: bytes = ir.to_proto(in_memory(model)).SerializeToString()
+    return data
 
 
 def first_line(error: BaseException) -> str:

@@ -61,7 +61,7 @@ def extract(model: ir.Model, stage: Stage) -> ir.Model:
     graph = ir.convenience.extract(model.graph, list(stage.inputs), list(stage.outputs))
     for value in (*graph.inputs, *graph.outputs):
         value.metadata_props.clear()
-    return ir.Model(graph, ir_version=model.ir_version, functions=model.functions.values())
+    return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
 
 
 def codes_of(model: ir.Model, node: str) -> str:
