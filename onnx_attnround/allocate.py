@@ -45,7 +45,8 @@ def coding_length(matrix: Array, distortion: float = DISTORTION) -> float:
     gram = rows @ rows.T if m <= n else rows.T @ rows
     gram *= n / (m * distortion * power)
     log_determinant = float(np.linalg.slogdet(np.eye(len(gram)) + gram)[1])
-    return 0.5 * log_determinant / (math.log(2.0) * min(m, n))
+    length: float = 0.5 * log_determinant / (math.log(2.0) * min(m, n))
+    return length
 
 
 def allocate(
