@@ -7,6 +7,7 @@ quantize("in.onnx", "samples.npz", QuantConfig(weight_bits=4), output="out.onnx"
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from onnx_attnround.config import QuantConfig
@@ -21,6 +22,9 @@ from onnx_attnround.errors import (
 
 if TYPE_CHECKING:
     from onnx_attnround.pipeline import QuantizeResult, make_plan, quantize
+
+# Else the official builds of ONNX Runtime from 1.29 on report on the models that they run.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "AttnRoundError",

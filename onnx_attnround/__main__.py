@@ -6,9 +6,13 @@ What is slow to import is imported when it is needed, so that ``--help`` is quic
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +27,8 @@ from onnx_attnround.targets import TARGETS, WeightStorage
 if TYPE_CHECKING:
     from onnx_attnround.pipeline import QuantizeResult
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+SIGNALLED = 128  # plus the signal's number, as shells have it
+GRACE = 1.0  # seconds in which a signal that is sent again does not disturb the cleaning up
 
 EPILOG = "\n\n".join((
     "Examples:",
@@ -260,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(work: Callable[[], None], *, verbose: bool) -> int:
     """Do ``work``; word what it raises in one line, with a traceback if ``verbose``."""
     try:
-        work()
+        with _signals_raise():
+            work()
     except (Exception, KeyboardInterrupt) as error:
         message, code = _worded(error)
         _fail(message, code)
@@ -270,12 +276,47 @@ def _exit_code(work: Callable[[], None], *, verbose: bool) -> int:
     return 0
 
 
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the work as Ctrl-C does, so that nothing is left behind.
+
+    A signal that the process was started to ignore stays ignored.
+    """
+    last = -GRACE
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= GRACE:
+            last = now
+            raise KeyboardInterrupt(number)
+
+    usual = _handlers()
+    for number in usual:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    """What handles the signals that end a process, where this thread may set that."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    present = signal.Signals.__members__  # Windows has no SIGHUP
+    numbers = [present[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in present]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    return {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+
 def _worded(error: BaseException) -> tuple[str, int]:
     """The message and the exit code of an error."""
     if isinstance(error, AttnRoundError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED
+        number = error.args[0] if error.args else signal.SIGINT
+        return "interrupted", SIGNALLED + number
     return f"unexpected {type(error).__name__}: {error}; please report this", 1
 
 
@@ -310,6 +351,21 @@ def _check(options: Options) -> None:
         raise ConfigError(f"--report '{options.report}': expected a file name that ends in .json")
     if options.quiet and options.verbose:
         raise ConfigError("--quiet and --verbose contradict each other: give one of them")
+    if options.output is not None:
+        _check_overwritten(options, options.output.resolve())
+
+
+def _check_overwritten(options: Options, output: Path) -> None:
+    """Raise ``ConfigError`` if ``output`` is also the file of an option."""
+    files = {
+        "--calib": options.calib,
+        "--eval": options.evaluation,
+        "--config": options.config_file,
+        "--report": options.report,
+    }
+    for name, file in files.items():
+        if file is not None and file.resolve() == output:
+            raise ConfigError(f"OUT '{options.output}' is the file of {name}: choose another OUT")
 
 
 def _dry_run(options: Options, config: QuantConfig) -> None:

@@ -41,7 +41,7 @@ class QuantConfig(BaseModel):
     samples: Annotated[int, Field(ge=1)] = 1024
     batch_size: Annotated[int, Field(ge=1)] = 32
     seed: Annotated[int, Field(ge=0)] = 0
-    steps: Annotated[int, Field(ge=0)] = 100
+    steps: Annotated[int, Field(ge=0)] = 50
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     weight_storage: WeightStorage | None = None

@@ -91,7 +91,9 @@ def _rows(
 
 
 def _tensor(values: Array) -> torch.Tensor:
-    """A view of an array that torch only reads, samples of a file among them."""
+    """A view of an array that torch only reads; a copy of samples of a file and 16-bit codes."""
+    if values.dtype == np.uint16:  # which torch has few kernels for
+        values = values.astype(np.int32)
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 

@@ -144,24 +144,29 @@ def _conv_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape) -> 
 
 
 def _transpose_pads(attributes: Attributes, sizes: Shape, kernel: Shape) -> list[int]:
+    """What the equivalent Conv pads its spread input with, as ONNX Runtime resolves it."""
     strides, dilations = _spatial(attributes, kernel)
     extra = list(attributes.get("output_padding") or [0] * len(kernel))
+    reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    full = [
+        (size - 1) * s + r + e + 1
+        for size, s, r, e in zip(sizes, strides, reach, extra, strict=True)
+    ]
     mode = attributes.get("auto_pad", "NOTSET")
-    wanted = attributes.get("output_shape")
-    if wanted is None and mode in ("SAME_UPPER", "SAME_LOWER"):
-        wanted = [size * s for size, s in zip(sizes, strides, strict=True)]
-    if wanted is None:
+    shape = attributes.get("output_shape")
+    wanted = full if shape is None else list(shape)[-len(kernel) :]
+    if shape is None and mode not in ("SAME_UPPER", "SAME_LOWER"):
         pads = list(attributes.get("pads") or [0] * (2 * len(kernel)))
     else:
-        full = [
-            (size - 1) * s + e + (k - 1) * d + 1
-            for size, s, e, k, d in zip(sizes, strides, extra, kernel, dilations, strict=True)
-        ]
-        total = [f - w for f, w in zip(full, wanted[-len(kernel) :], strict=True)]
+        same = [size * s for size, s in zip(sizes, strides, strict=True)]
+        target = same if shape is None else wanted
+        total = [max(f - t, 0) for f, t in zip(full, target, strict=True)]
         pads = _split_pads(total, upper=mode == "SAME_UPPER")
-    reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
     begins = [r - p for r, p in zip(reach, pads[: len(kernel)], strict=True)]
-    ends = [r - p + e for r, p, e in zip(reach, pads[len(kernel) :], extra, strict=True)]
+    ends = [
+        r - p + e + max(w - f, 0)
+        for r, p, e, w, f in zip(reach, pads[len(kernel) :], extra, wanted, full, strict=True)
+    ]
     return begins + ends
 
 

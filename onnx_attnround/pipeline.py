@@ -20,7 +20,6 @@ from onnx_attnround.errors import CalibrationError, GateError
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.preprocess import Preprocess
-from onnx_attnround.reconstruct import round_layers, round_plain
 from onnx_attnround.records import Array, BitAllocation, Event, LayerRounding, QuantPlan
 from onnx_attnround.runtime import open_session
 from onnx_attnround.samples import Samples, open_samples, read_labels
@@ -227,6 +226,8 @@ def _round(
     allocation: BitAllocation,
     samples: Samples | None,
 ) -> dict[str, LayerRounding]:
+    from onnx_attnround.reconstruct import round_layers, round_plain  # with torch: takes a second
+
     if samples is None:
         return round_plain(model, plan, ranges.params, allocation)
     return round_layers(

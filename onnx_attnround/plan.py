@@ -7,7 +7,7 @@ runs in integer gets a ``QuantSpec``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -37,7 +37,7 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
             "nothing to quantise: the model has no Conv, ConvTranspose, Gemm or MatMul with a "
             f"constant float32 weight that is not excluded ({reasons or 'none found'})"
         )
-    layers = _mark_ends(model, layers)
+    layers = _mark_ends(model, layers, skipped)
     activations: dict[str, QuantSpec] = {}
     same_range: dict[str, str] = {}
     if quantise_activations and config.act_bits < 32:
@@ -83,6 +83,7 @@ def _find_layers(
     return layers, skipped
 
 
+_NO_WEIGHT = "no constant weight"
 _LISTED_OPS = frozenset(
     {"LSTM", "GRU", "RNN", "Einsum", "QLinearConv", "QLinearMatMul", "ConvInteger",
      "MatMulInteger", "DeformConv"}
@@ -99,7 +100,7 @@ def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
     tensor = None if weight is None else weight.const_value
     if weight is None or tensor is None:
         constant_left = node.inputs[0] is not None and node.inputs[0].const_value is not None
-        return "the constant operand is the left one" if constant_left else "no constant weight"
+        return "the constant operand is the left one" if constant_left else _NO_WEIGHT
     if tensor.dtype != ir.DataType.FLOAT:
         return f"weight '{weight.name}' is {tensor.dtype.name}: FLOAT is handled"
     if node.inputs[0] is None or node.inputs[0].const_value is not None:
@@ -190,9 +191,15 @@ def _shape(value: ir.Value) -> tuple[int | None, ...] | None:
     return tuple(d if isinstance(d, int) else None for d in value.shape)
 
 
-def _mark_ends(model: ir.Model, layers: list[LayerPlan]) -> list[LayerPlan]:
-    """Set ``first_or_last`` where no weighted layer lies before, or none behind."""
+def _mark_ends(
+    model: ir.Model, layers: list[LayerPlan], skipped: Mapping[str, str]
+) -> list[LayerPlan]:
+    """Set ``first_or_last`` where no weighted layer lies before, or none behind.
+
+    Layers that stay in float count: the second is not the first because that is excluded.
+    """
     weighted = {layer.node for layer in layers}
+    weighted |= {node for node, reason in skipped.items() if reason != _NO_WEIGHT}
     seen_by_input: set[str] = set()  # values computed by layers or from them
     for node in model.graph:
         touched = any(v is not None and v.name in seen_by_input for v in node.inputs)
@@ -254,11 +261,12 @@ class _Activations:
             self._choose(output)
 
     def _add_movement(self, node: ir.Node) -> None:
-        x, y = node.inputs[0], node.outputs[0]
+        x = node.inputs[0]
         if x is None or x.name not in self.chosen or not _moves_codes(node):
             return
-        self._choose(y)
-        self.same_range[y.name or ""] = x.name or ""
+        for y in _moved(node):
+            self._choose(y)
+            self.same_range[y.name or ""] = x.name or ""
 
     def _choose(self, value: ir.Value) -> None:
         self.chosen.setdefault(value.name or "", value)
@@ -268,17 +276,17 @@ class _Activations:
         consumers = value.consumers()
         if len(consumers) == 1 and not value.is_graph_output():
             node = consumers[0]
-            if node.op_type in self.target.absorbed and _constant_bounds(node):
+            if node.op_type in self.target.absorbed and _starts_at_zero(node):
                 return node.outputs[0]
         return value
 
     def _drop_idle_movement(self) -> None:
         """Without an integer consumer, moved codes gain nothing: end the region before."""
         for node in reversed(list(self.model.graph)):
-            for value in node.outputs:
-                name = value.name or ""
-                if name in self.same_range and not self._feeds_integer(value):
-                    del self.chosen[name], self.same_range[name]
+            moved = [value for value in _moved(node) if value.name in self.same_range]
+            if not any(self._feeds_integer(value) for value in moved):
+                for value in moved:
+                    del self.chosen[value.name or ""], self.same_range[value.name or ""]
 
     def _feeds_integer(self, value: ir.Value) -> bool:
         return any(
@@ -310,17 +318,40 @@ class _Activations:
         return name
 
 
-def _constant_bounds(node: ir.Node) -> bool:
-    return all(v is None or v.const_value is not None for v in node.inputs[1:])
+def _starts_at_zero(node: ir.Node) -> bool:
+    """Whether the output of this Relu or Clip has the constant lower bound 0.
+
+    Only then does the range of the Q behind it, which holds 0, surely lie within the
+    bounds of the Clip, so that a runtime can leave the Clip out.
+    """
+    if node.op_type != "Clip":
+        return True
+    if len(node.inputs) < 2:  # attributes before opset 11; without any, no lower bound
+        return node.attributes.get_float("min", -1.0) == 0.0
+    if any(v is not None and v.const_value is None for v in node.inputs[1:]):
+        return False
+    low = node.inputs[1]
+    return low is not None and low.const_value is not None and not low.const_value.numpy().any()
+
+
+def _moved(node: ir.Node) -> Sequence[ir.Value]:
+    """The outputs of a movement node that carry codes; that of a MaxPool's indices does not."""
+    return node.outputs if node.op_type == "Split" else node.outputs[:1]
 
 
 def _moves_codes(node: ir.Node) -> bool:
-    """Whether the node only moves codes: a Pad must fill with zeros, which every scale has."""
-    if node.op_type != "Pad":
-        return True
-    mode = node.attributes.get_string("mode", "constant")
-    if mode != "constant":
-        return True
+    """Whether the node makes no new values, but for zeros, which every scale has."""
+    if node.op_type == "Pad":
+        return _pads_with_zeros(node)
+    if node.op_type == "Resize":
+        crops = node.attributes.get_string("coordinate_transformation_mode") == "tf_crop_and_resize"
+        return node.attributes.get_string("mode", "nearest") == "nearest" and not crops
+    return True
+
+
+def _pads_with_zeros(node: ir.Node) -> bool:
+    if node.attributes.get_string("mode", "constant") != "constant":
+        return True  # copies of values
     fill = node.inputs[2] if len(node.inputs) > 2 else None
     if fill is None:
         return node.attributes.get_float("value", 0.0) == 0.0

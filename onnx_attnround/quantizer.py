@@ -23,7 +23,10 @@ def quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int) -> Any:
 
 
 def dequantize(codes: Any, scale: Any, zero_point: Any) -> Any:
-    """``(codes - zero_point) * scale``; arguments must broadcast."""
+    """``(codes - zero_point) * scale``; arguments must broadcast.
+
+    The type of ``codes`` and ``zero_point`` must hold their difference, as float does.
+    """
     return (codes - zero_point) * scale
 
 
@@ -40,7 +43,7 @@ def params_from_range(spec: QuantSpec, lo: float, hi: float) -> QuantParams:
     else:
         scale = (hi - lo) / (spec.qmax - spec.qmin)
     scale32 = np.float32(scale) if scale > np.finfo(np.float32).tiny else np.float32(1.0)
-    zero_point = centre if spec.symmetric else np.rint(spec.qmin - lo / scale32)
+    zero_point = centre if spec.symmetric else np.rint(spec.qmin - lo / float(scale32))
     return QuantParams(
         spec=spec,
         scale=np.asarray(scale32, np.float32),

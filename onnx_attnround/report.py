@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -78,6 +79,8 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
         parts.append(_layer_table(result))
     if result.verification is not None:
         parts += [_comparison(result.verification), *_remarks(result.verification)]
+    if result.plan.layers:
+        parts.append(_bits(result.plan, result.allocation))
     parts += [f"note: {note}" for note in result.notes]
     if output is not None:
         parts.append(f"wrote {output}")
@@ -155,6 +158,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value
+
+
+def _bits(plan: QuantPlan, allocation: BitAllocation) -> str:
+    """The bits of all layers in one line."""
+    bits = [allocation.bits[layer.node] for layer in plan.layers]
+    sizes = [layer.parameters for layer in plan.layers]
+    mean = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
+    counts = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits).items()))
+    return f"{mean:.2f} bits per weight; layers by bits: {counts}"
 
 
 def _table(*headers: str) -> Table:

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 import torch
 
 from onnx_attnround.moments import Moments
-from onnx_attnround.quantizer import quantize
 from onnx_attnround.records import QuantSpec
 
 TAU = 0.5  # standard deviation of the first offsets, in steps of the grid
-LEARNING_RATE = 0.1  # of Adam, in steps of the grid
+LEARNING_RATE = 0.2  # of Adam, in steps of the grid
 RIDGE = 1e-4  # white noise on the inputs, relative to their mean power
+WIDE = 640  # inputs that greedy descent looks at together; of more, it takes ...
+BLOCK = 128  # ... so many at a time ...
+SWEEPS = 8  # ... in so many passes at most
 REFITS = 3  # alternations of least-squares scale and descent
 SCALE_CANDIDATES = torch.linspace(0.3, 1.1, 33)
 
@@ -63,8 +65,7 @@ class Objective:
 
     def clip_round(self, position: torch.Tensor) -> torch.Tensor:
         """The nearest code to a position on the grid."""
-        rounded: torch.Tensor = quantize(position, 1.0, 0.0, self.qmin, self.qmax)
-        return rounded
+        return position.round().clamp_(self.qmin, self.qmax)
 
     def pool(self, rows: torch.Tensor) -> torch.Tensor:
         """Sum ``[g, o]`` over the rows that share a scale."""
@@ -265,36 +266,71 @@ def _adam(
 
 
 def descend(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Greedy coordinate descent: in each row, move the one weight that gains most, until none.
+    """Greedy coordinate descent: in each row the weight moves that gains most, to any level.
 
-    A weight may move to any level. The gain of moving code ``j`` by ``k`` is
-    ``-k s (2 h_j + k s G_jj)`` with the slope ``h``; the best ``k`` is
-    ``round(-h_j / (s G_jj))``, within the range. Rows that are done drop out.
+    Up to ``WIDE`` inputs are looked at together, until no move of a single weight
+    gains. More are taken in blocks, so that a move costs the width of a block, and
+    what a block did to the rest is made up by one product behind it; ``SWEEPS``
+    bounds the passes.
     """
-    groups, outputs, depth = codes.shape
-    result = codes.reshape(-1, depth).clone()
-    state = result.clone()
-    slope = problem.slope(codes, scale).reshape(-1, depth)
-    steps = scale.reshape(-1, 1)
+    depth = codes.shape[-1]
+    width = depth if depth <= WIDE else BLOCK
+    codes = codes.clone()
+    slope = problem.slope(codes, scale)
+    for _ in range(SWEEPS if width < depth else 1):
+        moved = False
+        for start in range(0, depth, width):
+            block = slice(start, min(start + width, depth))
+            better = _descend_block(problem, codes, slope, scale, block)
+            change = (better - codes[..., block]).mul_(scale)
+            if bool(change.any()):
+                moved = True
+                codes[..., block] = better
+                slope += change @ problem.gram[:, block]
+        if not moved:
+            break
+    return codes
+
+
+def _descend_block(
+    problem: Objective,
+    codes: torch.Tensor,
+    slope: torch.Tensor,
+    scale: torch.Tensor,
+    block: slice,
+) -> torch.Tensor:
+    """Codes ``[g, o, b]`` of one block of inputs, from which no single move gains.
+
+    With the excess ``u_j = h_j / (s G_jj)`` of the slope ``h``, in steps of the
+    grid, the best move of code ``j`` is ``k = round(q_j - u_j) - q_j``, within the
+    range, and changes the loss by ``s^2 G_jj k (2 u_j + k)``. Rows that are done
+    drop out.
+    """
+    groups, outputs, _ = codes.shape
     group = torch.arange(groups).repeat_interleave(outputs)
-    diagonal = problem.gram.diagonal(dim1=1, dim2=2)
-    active = torch.arange(len(result))
-    for _ in range(4 * depth):
-        stiffness = diagonal[group] * steps
-        move = problem.clip_round(state - slope / stiffness).sub_(state)
-        gain, where = (move * steps * (2 * slope + move * stiffness)).min(1)
-        gains = gain < -1e-7 * (stiffness.mean(1) * steps[:, 0])
-        if not bool(gains.all()):
-            result[active[~gains]] = state[~gains]
-            active, state, slope = active[gains], state[gains], slope[gains]
-            steps, group, move, where = steps[gains], group[gains], move[gains], where[gains]
-            if not len(active):
-                break
-        taken = move.gather(1, where[:, None])
+    gram = problem.gram[:, block, block]
+    diagonal = gram.diagonal(dim1=1, dim2=2)[group]
+    pull = gram / gram.diagonal(dim1=1, dim2=2)[:, None, :]  # of input i on the excess of j
+    result = codes[..., block].reshape(len(group), -1).clone()
+    excess = slope[..., block].reshape(result.shape) / (diagonal * scale.reshape(-1, 1))
+    weight = diagonal / diagonal.mean(1, keepdim=True)
+    state, active = result.clone(), torch.arange(len(result))
+    for _ in range(4 * result.shape[1]):
+        move = torch.sub(state, excess).round_().clamp_(problem.qmin, problem.qmax).sub_(state)
+        gain, where = torch.add(move, excess, alpha=2).mul_(move).mul_(weight).min(1)
+        gains = gain < -1e-6
+        left = int(gains.sum())
+        taken = move.gather(1, where[:, None]).mul_(gains[:, None])
         state.scatter_add_(1, where[:, None], taken)
-        slope += (taken * steps) * problem.gram[group, where]
+        excess += taken * pull[group, where]
+        if left < 0.75 * len(active):
+            result[active] = state
+            if not left:
+                break
+            active, state, excess = active[gains], state[gains], excess[gains]
+            weight, group = weight[gains], group[gains]
     result[active] = state
-    return result.reshape(codes.shape)
+    return result.reshape(groups, outputs, -1)
 
 
 def round_adaround(

@@ -73,15 +73,15 @@ class ActivationStore:
                 self._free += held.nbytes
 
     def _spill(self, values: Array) -> _Spilled:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="attnround-")
-        path = Path(self._folder.name) / f"{self._written}.bin"
-        self._written += 1
         try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="attnround-")
+            path = Path(self._folder.name) / f"{self._written}.bin"
             values.tofile(path)
         except OSError as error:
             raise OutputError(
-                f"cannot keep activations in '{path.parent}': {error}; free some disk space, set "
-                "TMPDIR to a larger disk, or use fewer samples"
+                f"cannot keep activations on disk: {error}; free some disk space, set TMPDIR to a "
+                "larger disk, or use fewer samples"
             ) from error
+        self._written += 1
         return _Spilled(path, values.dtype, values.shape)

@@ -40,9 +40,12 @@ TARGETS: dict[str, Target] = {
         activation_signed=False,
         activation_symmetric=False,
         weighted=frozenset({"Conv", "Gemm", "MatMul"}),
-        arithmetic=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}),
+        arithmetic=frozenset(
+            {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
+        ),
         movement=frozenset(
-            {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Pad"}
+            {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather"}
+            | {"DepthToSpace", "MaxPool", "Pad", "Resize"}
         ),
         absorbed=frozenset({"Relu", "Clip"}),
         float_output=frozenset({"Gemm", "MatMul"}),

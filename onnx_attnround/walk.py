@@ -17,7 +17,7 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.runtime import first_line, open_session
 from onnx_attnround.samples import Samples
-from onnx_attnround.stages import Stage, codes_of, cut, extract
+from onnx_attnround.stages import Stage, cut, extract
 from onnx_attnround.store import ActivationStore
 
 
@@ -40,12 +40,12 @@ class Walk:
         threads: int | None,
     ) -> None:
         names = [layer.node for layer in layers]
-        self._layers = layers
+        codes = _added_codes(quantised, model)
         self._samples = samples
         self._batch_size = batch_size
         self._streams = (
             _Stream("float", model, cut(model, names), store, threads),
-            _Stream("quantised", quantised, cut(quantised, names), store, threads),
+            _Stream("quantised", quantised, cut(quantised, names, codes), store, threads),
         )
         self._batches = 0
 
@@ -70,14 +70,9 @@ class Walk:
 
         The latter are codes where the tensor is quantised.
         """
-        plain, quantised = (
-            stream.reads(self._layers[index].node) for stream in self._streams
-        )
+        plain, quantised = self._streams
         for batch in range(self._batches):
-            yield (
-                self._streams[0].get(plain, batch),
-                self._streams[1].get(quantised, batch),
-            )
+            yield plain.layer_input(index, batch), quantised.layer_input(index, batch)
 
 
 class _Stream:
@@ -97,19 +92,21 @@ class _Stream:
         self._store = store
         self._threads = threads
 
-    def reads(self, node: str) -> str:
-        return codes_of(self._model, node)
+    def layer_input(self, index: int, batch: int) -> Array:
+        return self._get(self._stages[index].reads, batch)
 
-    def get(self, name: str, batch: int) -> Array:
+    def _get(self, name: str, batch: int) -> Array:
         return self._store.get(f"{self._label}:{name}", batch)
 
     def start(self) -> Callable[[int, dict[str, Array]], None]:
         """What to call with each batch of samples: runs stage 0 on it."""
-        stage, later = self._stages[0], {n for s in self._stages[1:] for n in s.inputs}
+        stage = self._stages[0]
         session = self._session(stage)
+        kept = {name for later in self._stages[1:] for name in later.inputs}
+        kept |= {later.reads for later in self._stages}
 
         def run(batch: int, feeds: dict[str, Array]) -> None:
-            for name in feeds.keys() & later:
+            for name in feeds.keys() & kept:
                 self._put(name, batch, feeds[name])
             if session is not None:
                 self._run(session, stage, batch, feeds)
@@ -121,7 +118,7 @@ class _Stream:
         session = self._session(stage)
         if session is not None:
             for batch in range(batches):
-                self._run(session, stage, batch, {n: self.get(n, batch) for n in stage.inputs})
+                self._run(session, stage, batch, {n: self._get(n, batch) for n in stage.inputs})
         for name in stage.released:
             self._store.release(f"{self._label}:{name}")
 
@@ -144,3 +141,14 @@ class _Stream:
             ) from error
         for name, values in zip(stage.outputs, results, strict=True):
             self._put(name, batch, values)
+
+
+def _added_codes(quantised: ir.Model, model: ir.Model) -> set[str]:
+    """The integer tensors that stand for activations in ``quantised`` alone."""
+    known = {value.name for node in model.graph for value in node.outputs}
+    read = {
+        node.inputs[0].name or ""
+        for node in quantised.graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None
+    }
+    return read - known

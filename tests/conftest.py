@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before any test imports ONNX Runtime: tests use no network.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 @pytest.fixture(scope="session")
 def models_dir() -> Path:

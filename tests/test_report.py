@@ -192,6 +192,7 @@ def test_the_console_compares(result: QuantizeResult) -> None:
     assert "1.60x as fast (1.50 to 1.75)" in printed
     assert "1 of 2 layers run in integer in ONNX Runtime; in float: head" in printed
     assert "not compared with float: head" in printed
+    assert "6.00 bits per weight; layers by bits: 1 at 4, 1 at 8" in printed
     assert "note: no calibration samples: weights only" in printed
     assert printed.splitlines()[-1] == "wrote out.onnx"
     assert "/body/conv[0]" not in printed

@@ -59,6 +59,8 @@ def check_output(path: Path, source: Path | None = None) -> None:
         raise OutputError(f"output '{path}' is the input model itself; choose another output file")
     if path.is_dir():
         raise OutputError(f"output '{path}' is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"output '{path}' is not a regular file; choose another output file")
     if not path.parent.is_dir():
         raise OutputError(f"folder '{path.parent}' of the output does not exist; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):

@@ -1,0 +1,140 @@
+"""The rules of the house, read from the sources: who may import whom, and how long things are."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import onnx_attnround
+
+PACKAGE = Path(onnx_attnround.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module imports only from modules of a lower level; within a folder, freely.
+_NAMES = (
+    "errors records",
+    "targets quantizer graph ops store stages progress",
+    "config runtime simplify qdq moments shadow",
+    "allocate preprocess plan rounding",
+    "samples",
+    "calibrate walk verify",
+    "blocks",
+    "reconstruct",
+    "pipeline",
+    "report __init__",
+    "__main__",
+)
+LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
+TORCH = {"shadow", "moments", "rounding", "blocks", "reconstruct"}
+MAX_FILE, MAX_FUNCTION = 500, 60
+LONG_FUNCTIONS = {("__main__", "command")}  # one argument for each option of the command line
+
+
+def module_of(path: Path) -> str:
+    """The part of the package that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path, *, whole: bool) -> Iterator[str]:
+    """Modules that a file imports, by full name; with ``whole`` those in functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if whole else at_import(tree.body):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "onnx_attnround":
+                yield from (f"onnx_attnround.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:
+    """The statements that run when the module is imported."""
+    for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            for block in ("body", "orelse", "handlers", "finalbody"):
+                yield from at_import(getattr(node, block, []))
+
+
+def parts_of_package(path: Path, *, whole: bool) -> set[str]:
+    return {
+        name.split(".")[1]
+        for name in imports(path, whole=whole)
+        if name.startswith("onnx_attnround.")
+    }
+
+
+def test_every_module_has_a_level() -> None:
+    assert {module_of(path) for path in FILES} - set(LEVELS) == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_lower_levels(path: Path) -> None:
+    own = module_of(path)
+    for used in parts_of_package(path, whole=False) - {own}:
+        assert LEVELS[used] < LEVELS[own], f"{own} imports {used}"
+
+
+def test_imports_inside_functions_keep_to_the_levels_too() -> None:
+    """All but those of the package itself, which come when they are asked for."""
+    for path in FILES:
+        own = module_of(path)
+        for used in parts_of_package(path, whole=True) - {own}:
+            allowed = LEVELS[used] < LEVELS[own] or (own, used) == ("report", "pipeline")
+            assert allowed, f"{own} imports {used}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_some_modules_import_torch(path: Path) -> None:
+    if module_of(path) not in TORCH:
+        roots = {name.split(".")[0] for name in imports(path, whole=False)}
+        assert "torch" not in roots
+
+
+def test_functions_import_torch_in_the_op_table_alone() -> None:
+    lazily = {
+        module_of(path)
+        for path in FILES
+        if any(name.split(".")[0] == "torch" for name in imports(path, whole=True))
+    }
+    assert lazily <= TORCH | {"ops"}
+
+
+def code_lines(node: ast.FunctionDef) -> int:
+    """The lines of a function behind its docstring."""
+    first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+    return (node.body[-1].end_lineno or 0) - first.lineno + 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and (module_of(path), node.name) not in LONG_FUNCTIONS:
+            assert code_lines(node) <= MAX_FUNCTION, f"{node.name} has {code_lines(node)} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_assert_no_bare_except_no_print(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno}: assert"
+        bare = isinstance(node, ast.ExceptHandler) and node.type is None
+        assert not bare, f"{path.name}: except without a type"
+        called = node.func if isinstance(node, ast.Call) else None
+        assert not (isinstance(called, ast.Name) and called.id == "print"), f"{path.name}: print"
+
+
+def test_the_public_api_is_what_all_says() -> None:
+    for name in onnx_attnround.__all__:
+        assert getattr(onnx_attnround, name).__name__ == name
+    assert sorted(onnx_attnround.__all__) == onnx_attnround.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = onnx_attnround.nothing
