@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.targets import WeightStorage, get_target
@@ -18,6 +25,7 @@ else:
     import tomli as tomllib
 
 Bits = Annotated[int, Field(ge=2, le=8)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class QuantConfig(BaseModel):
@@ -31,7 +39,7 @@ class QuantConfig(BaseModel):
 
     target: str = "ort"
     weight_bits: Bits = 8
-    act_bits: Literal[4, 8, 16, 32] = 8
+    act_bits: Literal[2, 3, 4, 5, 6, 7, 8, 16, 32] = 8
     mean_bits: Annotated[float, Field(ge=2, le=8)] | None = None
     bit_choices: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
     first_last_bits: Bits = 8
@@ -47,8 +55,8 @@ class QuantConfig(BaseModel):
     weight_storage: WeightStorage | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
     activation_memory_mb: Annotated[int, Field(ge=1)] = 256
-    min_sqnr: float | None = None
-    max_drop: float | None = None
+    min_sqnr: Finite | None = None
+    max_drop: Finite | None = None
 
     @field_validator("target")
     @classmethod
@@ -60,9 +68,12 @@ class QuantConfig(BaseModel):
 
     @field_validator("bit_choices")
     @classmethod
-    def _sorted_choices(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _sorted_choices(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         if not value:
             raise ValueError("bit_choices is empty: give at least one width from 2 to 8")
+        mean = info.data.get("mean_bits")
+        if mean is not None and mean < min(value):
+            raise ValueError(f"no width is within mean_bits {mean:g}: give one, or raise mean_bits")
         return tuple(sorted(set(value)))
 
     @classmethod
@@ -87,4 +98,5 @@ def _first_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown option '{key}': expected one of {', '.join(QuantConfig.model_fields)}"
-    return f"option '{key}': {first['msg']}, got {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"option '{key}': {message}, got {first['input']!r}"

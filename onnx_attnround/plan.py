@@ -7,7 +7,7 @@ runs in integer gets a ``QuantSpec``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -218,6 +218,8 @@ def _mark_ends(
 
 # --- activations ------------------------------------------------------------------------
 
+_CODE_WIDTHS = (4, 8, 16)  # a QuantizeLinear saturates at the limits of its type only
+
 
 @dataclass
 class _Activations:
@@ -242,7 +244,9 @@ class _Activations:
             elif node.op_type in self.target.movement:
                 self._add_movement(node)
         self._drop_idle_movement()
-        return {name: self._spec(name) for name in self.chosen}, self.same_range
+        ends = {self._root(layer.x) for layer in self.layers if layer.first_or_last}
+        specs = {name: self._spec(name, end=self._root(name) in ends) for name in self.chosen}
+        return specs, self.same_range
 
     def _add_layer(self, node: ir.Node) -> None:
         x = node.inputs[0]
@@ -295,22 +299,14 @@ class _Activations:
             for node in value.consumers()
         )
 
-    def _spec(self, name: str) -> QuantSpec:
+    def _spec(self, name: str, *, end: bool) -> QuantSpec:
+        """The spec of a tensor; what a first or last layer reads (``end``) may ask for more."""
+        bits = max(self.config.act_bits, self.config.first_last_bits if end else 0)
         return QuantSpec(
-            bits=max(self.config.act_bits, self._end_bits(name)),
+            bits=next(width for width in _CODE_WIDTHS if width >= bits),
             signed=self.target.activation_signed,
             symmetric=self.target.activation_symmetric,
         )
-
-    def _end_bits(self, name: str) -> int:
-        """Bits that the first and last layers ask of their input, 0 for other tensors."""
-        family = {name, *self._family(name)}
-        ends = any(layer.first_or_last and layer.x in family for layer in self.layers)
-        return self.config.first_last_bits if ends else 0
-
-    def _family(self, name: str) -> Iterator[str]:
-        root = self._root(name)
-        return (other for other in self.chosen if self._root(other) == root)
 
     def _root(self, name: str) -> str:
         while name in self.same_range:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain, count
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.graph import raise_opset
-from onnx_attnround.records import Array, LayerPlan, LayerRounding, QuantParams, QuantPlan
+from onnx_attnround.quantizer import dequantize
+from onnx_attnround.records import (
+    Array,
+    LayerPlan,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+    QuantSpec,
+)
 from onnx_attnround.targets import WeightStorage, get_target
 
 PER_CHANNEL_OPSET = 13
@@ -30,8 +39,8 @@ def insert(
     ``params`` holds one entry per tensor of ``plan.activations``; ``roundings``
     is keyed by node name. A quantised tensor keeps its name behind the
     DequantizeLinear, so that graph outputs keep theirs; the float value before
-    the QuantizeLinear is ``NAME_raw``. Raises ``ModelError`` if the opset
-    cannot be raised.
+    the QuantizeLinear is ``NAME_raw``, or another name where that is taken. Raises
+    ``ModelError`` if the opset cannot be raised.
     """
     out = raise_opset(model.clone(), _required_opset(plan, roundings, storage))
     writer = _Writer(out, plan, params, storage)
@@ -52,21 +61,45 @@ def update_layer(
     plan: QuantPlan,
 ) -> None:
     """Give ``layer`` other codes, scales and bias in a model that ``insert`` wrote as int8."""
-    for name, tensor in _layer_tensors(layer, rounding, params, plan, "int8").items():
-        model.graph.initializers[name].const_value = tensor
+    tensors = _layer_tensors(layer, rounding, params, plan, "int8")
+    node = next(node for node in model.graph if node.name == layer.node)
+    written = [source for value in node.inputs[1:3] for source in _sources(value)]
+    for value, tensor in zip(written, tensors, strict=True):
+        tensor.name = value.name
+        value.const_value = tensor
+
+
+def _sources(value: ir.Value | None) -> list[ir.Value]:
+    """The initialisers that a DequantizeLinear makes ``value`` from, or itself."""
+    producer = None if value is None else value.producer()
+    values = [value] if producer is None else producer.inputs
+    return [source for source in values if source is not None]
 
 
 def _required_opset(
     plan: QuantPlan, roundings: Mapping[str, LayerRounding], storage: WeightStorage
 ) -> int:
     low_weights = storage != "int8" and any(r.spec.bits <= 4 for r in roundings.values())
-    odd_activations = any(spec.bits in (4, 16) for spec in plan.activations.values())
-    return LOW_BIT_OPSET if low_weights or odd_activations else PER_CHANNEL_OPSET
+    wide_activations = any(spec.bits > 8 for spec in plan.activations.values())
+    return LOW_BIT_OPSET if low_weights or wide_activations else PER_CHANNEL_OPSET
 
 
-def _code_type(bits: int, signed: bool) -> ir.DataType:
-    width = 4 if bits <= 4 else 8 if bits <= 8 else 16
-    return ir.DataType[f"{'' if signed else 'U'}INT{width}"]
+def _activation_type(spec: QuantSpec) -> ir.DataType:
+    """At least 8 bits wide: narrower codes are clipped, so that layers still run in integer."""
+    return ir.DataType[f"{'' if spec.signed else 'U'}INT{8 if spec.bits <= 8 else 16}"]
+
+
+def _is_idle_clip(node: ir.Node | None, params: QuantParams) -> bool:
+    """Whether a Clip lets all values pass that the codes of ``params`` can stand for."""
+    if node is None or node.op_type != "Clip":
+        return False
+    bounds = [value.const_value for value in node.inputs[1:3] if value is not None]
+    if len(node.inputs) < 3 or len(bounds) < 2 or None in bounds:
+        return False
+    lower, upper = (float(bound.numpy()) for bound in bounds if bound is not None)
+    codes = np.array([params.spec.qmin, params.spec.qmax], np.float32)
+    lowest, highest = dequantize(codes, params.scale, params.zero_point.astype(np.float32))
+    return bool(lower <= lowest and highest <= upper)
 
 
 def _tensor(values: Array, dtype: ir.DataType, name: str) -> ir.Tensor[Array]:
@@ -80,7 +113,7 @@ def _layer_tensors(
     params: Mapping[str, QuantParams],
     plan: QuantPlan,
     storage: WeightStorage,
-) -> dict[str, ir.Tensor[Array]]:
+) -> list[ir.Tensor[Array]]:
     """The initialisers of one layer: weight codes, scale, zero point and the bias."""
     base = layer.node
     low = rounding.spec.bits <= 4 and storage != "int8"
@@ -93,7 +126,7 @@ def _layer_tensors(
     ]
     if rounding.bias is not None:
         tensors += _bias_tensors(layer, rounding, params, plan)
-    return {tensor.name or "": tensor for tensor in tensors}
+    return tensors
 
 
 def _bias_tensors(
@@ -123,14 +156,22 @@ def bias_scale(
 ) -> Array | None:
     """``sx * sw`` per channel where the target stores the bias as int32, else ``None``.
 
-    ``None`` also where a bias would not fit int32 at that scale: it then stays float.
+    ``None`` also where a bias would not fit int32 at that scale, and for ops that do not
+    run in integer: it then stays float.
     """
-    x = params.get(layer.x)
-    if rounding.bias is None or x is None or not get_target(plan.target).int32_bias:
+    x, target = params.get(layer.x), get_target(plan.target)
+    if rounding.bias is None or x is None:
+        return None
+    if not target.int32_bias or layer.op_type not in target.weighted:
         return None
     scale = np.broadcast_to(rounding.scale * x.scale, rounding.bias.shape).astype(np.float32)
     fits = np.abs(rounding.bias.astype(np.float64)) <= scale.astype(np.float64) * (2**31 - 1)
-    return scale if bool(fits.all()) else None
+    return scale if bool((fits & (scale >= np.finfo(np.float32).tiny)).all()) else None
+
+
+def _names(graph: ir.Graph) -> set[str | None]:
+    outputs = (value for node in graph for value in node.outputs)
+    return {value.name for value in (*graph.inputs, *graph.initializers.values(), *outputs)}
 
 
 class _Writer:
@@ -150,13 +191,13 @@ class _Writer:
         self.nodes = {node.name: node for node in self.graph}
         self.values = {v.name: v for node in self.graph for v in node.outputs}
         self.values.update({v.name: v for v in self.graph.inputs})
+        self.taken = {name for graph in model.graphs() for name in _names(graph)}
 
     def add_layer(self, layer: LayerPlan, rounding: LayerRounding) -> None:
         """Codes and DQ in place of the float weight, and the bias as the target wants it."""
         node = self.nodes[layer.node]
         tensors = _layer_tensors(layer, rounding, self.params, self.plan, self.storage)
-        initializers = {name: self._initializer(tensor) for name, tensor in tensors.items()}
-        codes, scale, zero_point, *bias = initializers.values()
+        codes, scale, zero_point, *bias = [self._initializer(tensor) for tensor in tensors]
         if codes.dtype == ir.DataType.INT4 and zero_point.dtype == ir.DataType.INT8:
             codes = self._cast(codes, f"{layer.node}/weight_int8", node)
         axis = None if rounding.scale.ndim == 0 else rounding.spec.axis
@@ -176,23 +217,48 @@ class _Writer:
         producer = raw.producer()
         consumers = [(usage.node, usage.idx) for usage in raw.uses()]
         if producer is not None:
-            raw.name = f"{name}_raw"
-        code_type = _code_type(params.spec.bits, params.spec.signed)
+            raw.name = self._fresh(f"{name}_raw")
+        code_type = _activation_type(params.spec)
         scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
         point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
-        quantise = ir.node("QuantizeLinear", [raw, scale, point], name=f"{name}/quantize")
+        narrow = params.spec.bits < 8
+        source = raw
+        if narrow and _is_idle_clip(producer, params) and producer is not None:
+            source = producer.inputs[0] or raw  # else it would part the layer from its Q
+        quantise = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")
+        self.graph.append(quantise)
         codes = quantise.outputs[0]
-        codes.name, codes.shape, codes.type = f"{name}_codes", raw.shape, ir.TensorType(code_type)
-        after = f"{name}_dequantized" if producer is None else name
+        codes.name, codes.shape = self._fresh(f"{name}_codes"), raw.shape
+        codes.type = ir.TensorType(code_type)
+        if narrow:
+            codes = self._clip_codes(codes, params.spec, name)
         dequantise = ir.node("DequantizeLinear", [codes, scale, point], name=f"{name}/dequantize")
         restored = dequantise.outputs[0]
-        restored.name, restored.shape, restored.type = after, raw.shape, raw.type
-        self.graph.extend([quantise, dequantise])
+        restored.name = self._fresh(f"{name}_dequantized") if producer is None else name
+        restored.shape, restored.type = raw.shape, raw.type
+        self.graph.append(dequantise)
         for node, index in consumers:
             node.replace_input_with(index, restored)
         for position, output in enumerate(self.graph.outputs):
             if output is raw and producer is not None:
                 self.graph.outputs[position] = restored
+
+        if source is not raw and producer is not None:
+            self.graph.remove(producer, safe=True)
+
+    def _clip_codes(self, codes: ir.Value, spec: QuantSpec, name: str) -> ir.Value:
+        """Codes narrower than their type, held in their range by a Clip on integers."""
+        dtype = codes.dtype or ir.DataType.UINT8
+        bounds = [
+            self._initializer(_tensor(np.asarray(bound), dtype, f"{name}/{end}"))
+            for bound, end in ((spec.qmin, "lowest"), (spec.qmax, "highest"))
+        ]
+        node = ir.node("Clip", [codes, *bounds], name=f"{name}/clip_codes")
+        clipped = node.outputs[0]
+        clipped.name, clipped.shape = self._fresh(f"{name}_clipped"), codes.shape
+        clipped.type = codes.type
+        self.graph.append(node)
+        return clipped
 
     def remove_unused_initializers(self) -> None:
         """Drop float weights and biases that no node reads any more."""
@@ -201,7 +267,15 @@ class _Writer:
             if not value.uses() and name not in outputs:
                 del self.graph.initializers[name]
 
+    def _fresh(self, name: str) -> str:
+        """``name``, with a number where the model has that already."""
+        candidates = chain([name], (f"{name}_{number}" for number in count()))
+        result = next(candidate for candidate in candidates if candidate not in self.taken)
+        self.taken.add(result)
+        return result
+
     def _initializer(self, tensor: ir.Tensor[Array]) -> ir.Value:
+        tensor.name = self._fresh(tensor.name or "")
         value = ir.Value(
             name=tensor.name,
             shape=ir.Shape(tensor.shape),
@@ -235,6 +309,7 @@ class _Writer:
         before: ir.Node,
     ) -> ir.Value:
         output = node.outputs[0]
-        output.name, output.shape, output.type = name, shape, ir.TensorType(dtype)
+        output.name, output.shape = self._fresh(name), shape
+        output.type = ir.TensorType(dtype)
         self.graph.insert_before(before, node)
         return output
