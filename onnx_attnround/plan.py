@@ -71,7 +71,7 @@ def _find_layers(
     layers, skipped = [], {}
     main = set(model.graph)
     for node in model.graph.all_nodes():
-        if node.op_type not in WEIGHTED_OPS or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in WEIGHTED_OPS or not _is_standard(node):
             if node.op_type in _LISTED_OPS:
                 skipped[_name(node)] = f"{node.op_type} is not handled: its weights stay float"
             continue
@@ -218,12 +218,11 @@ def _mark_ends(
 
 # --- activations ------------------------------------------------------------------------
 
-_CODE_WIDTHS = (4, 8, 16)  # a QuantizeLinear saturates at the limits of its type only
 
 
 @dataclass
 class _Activations:
-    """Finds the tensors that get Q/DQ, walking the graph once forward and once back."""
+    """Finds the tensors that get Q/DQ: those of layers, then what joins and moves them."""
 
     model: ir.Model
     layers: list[LayerPlan]
@@ -234,12 +233,13 @@ class _Activations:
     integer: set[str] = field(default_factory=set)  # names of nodes that run in integer
 
     def find(self) -> tuple[dict[str, QuantSpec], dict[str, str]]:
-        by_node = {layer.node: layer for layer in self.layers}
-        for node in self.model.graph:
-            layer = by_node.get(node.name or "")
-            if layer is not None:
+        layers = {layer.node for layer in self.layers}
+        nodes = [node for node in self.model.graph if _is_standard(node)]
+        for node in nodes:
+            if node.name in layers and node.op_type in self.target.weighted:
                 self._add_layer(node)
-            elif node.op_type in self.target.arithmetic:
+        for node in nodes:
+            if node.op_type in self.target.arithmetic:
                 self._add_arithmetic(node)
             elif node.op_type in self.target.movement:
                 self._add_movement(node)
@@ -249,11 +249,9 @@ class _Activations:
         return specs, self.same_range
 
     def _add_layer(self, node: ir.Node) -> None:
-        x = node.inputs[0]
-        if node.op_type not in self.target.weighted or x is None:
-            return
         self.integer.add(_name(node))
-        self._choose(x)
+        if node.inputs[0] is not None:
+            self._choose(node.inputs[0])
         if node.op_type not in self.target.float_output:
             self._choose(self._absorbed(node.outputs[0]))
 
@@ -280,7 +278,8 @@ class _Activations:
         consumers = value.consumers()
         if len(consumers) == 1 and not value.is_graph_output():
             node = consumers[0]
-            if node.op_type in self.target.absorbed and _starts_at_zero(node):
+            known = node.op_type in self.target.absorbed and _is_standard(node)
+            if known and node.graph is self.model.graph and _starts_at_zero(node):
                 return node.outputs[0]
         return value
 
@@ -303,7 +302,7 @@ class _Activations:
         """The spec of a tensor; what a first or last layer reads (``end``) may ask for more."""
         bits = max(self.config.act_bits, self.config.first_last_bits if end else 0)
         return QuantSpec(
-            bits=next(width for width in _CODE_WIDTHS if width >= bits),
+            bits=bits,
             signed=self.target.activation_signed,
             symmetric=self.target.activation_symmetric,
         )
@@ -312,6 +311,10 @@ class _Activations:
         while name in self.same_range:
             name = self.same_range[name]
         return name
+
+
+def _is_standard(node: ir.Node) -> bool:
+    return node.domain in ("", "ai.onnx")
 
 
 def _starts_at_zero(node: ir.Node) -> bool:
