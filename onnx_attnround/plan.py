@@ -219,7 +219,6 @@ def _mark_ends(
 # --- activations ------------------------------------------------------------------------
 
 
-
 @dataclass
 class _Activations:
     """Finds the tensors that get Q/DQ: those of layers, then what joins and moves them."""
@@ -244,9 +243,7 @@ class _Activations:
             elif node.op_type in self.target.movement:
                 self._add_movement(node)
         self._drop_idle_movement()
-        ends = {self._root(layer.x) for layer in self.layers if layer.first_or_last}
-        specs = {name: self._spec(name, end=self._root(name) in ends) for name in self.chosen}
-        return specs, self.same_range
+        return {name: self._spec(name) for name in self.chosen}, self.same_range
 
     def _add_layer(self, node: ir.Node) -> None:
         self.integer.add(_name(node))
@@ -298,11 +295,20 @@ class _Activations:
             for node in value.consumers()
         )
 
-    def _spec(self, name: str, *, end: bool) -> QuantSpec:
-        """The spec of a tensor; what a first or last layer reads (``end``) may ask for more."""
-        bits = max(self.config.act_bits, self.config.first_last_bits if end else 0)
+    def _spec(self, name: str) -> QuantSpec:
+        """The spec of a tensor.
+
+        What layers read has the bits asked for, or those of first and last layers;
+        a tensor that is only added or pooled costs nothing at 8 bits and has no fewer.
+        """
+        readers = [layer for layer in self.layers if self._root(layer.x) == self._root(name)]
+        bits = [self.config.act_bits]
+        if not readers:
+            bits.append(8)
+        if any(layer.first_or_last for layer in readers):
+            bits.append(self.config.first_last_bits)
         return QuantSpec(
-            bits=bits,
+            bits=max(bits),
             signed=self.target.activation_signed,
             symmetric=self.target.activation_symmetric,
         )
