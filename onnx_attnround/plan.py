@@ -302,7 +302,7 @@ class _Activations:
         a tensor that is only added or pooled costs nothing at 8 bits and has no fewer.
         """
         readers = [layer for layer in self.layers if self._root(layer.x) == self._root(name)]
-        bits = [self.config.act_bits]
+        bits: list[int] = [self.config.act_bits]
         if not readers:
             bits.append(8)
         if any(layer.first_or_last for layer in readers):

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.graph import raise_opset
-from onnx_attnround.quantizer import dequantize
+from onnx_attnround.quantizer import quantize
 from onnx_attnround.records import (
     Array,
     LayerPlan,
@@ -90,16 +90,16 @@ def _activation_type(spec: QuantSpec) -> ir.DataType:
 
 
 def _is_idle_clip(node: ir.Node | None, params: QuantParams) -> bool:
-    """Whether a Clip lets all values pass that the codes of ``params`` can stand for."""
+    """Whether the bounds of a Clip are, or are beyond, the lowest and the highest code."""
     if node is None or node.op_type != "Clip":
         return False
-    bounds = [value.const_value for value in node.inputs[1:3] if value is not None]
-    if len(node.inputs) < 3 or len(bounds) < 2 or None in bounds:
+    bounds = [None if value is None else value.const_value for value in node.inputs[1:]]
+    if len(bounds) < 2 or None in bounds:
         return False
-    lower, upper = (float(bound.numpy()) for bound in bounds if bound is not None)
-    codes = np.array([params.spec.qmin, params.spec.qmax], np.float32)
-    lowest, highest = dequantize(codes, params.scale, params.zero_point.astype(np.float32))
-    return bool(lower <= lowest and highest <= upper)
+    values = np.array([bound.numpy().item() for bound in bounds if bound is not None], np.float32)
+    spec, point = params.spec, params.zero_point.astype(np.float32)
+    codes = quantize(values, params.scale, point, spec.qmin, spec.qmax)
+    return bool(codes[0] == spec.qmin and codes[1] == spec.qmax)
 
 
 def _tensor(values: Array, dtype: ir.DataType, name: str) -> ir.Tensor[Array]:
@@ -221,7 +221,7 @@ class _Writer:
         code_type = _activation_type(params.spec)
         scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
         point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
-        narrow = params.spec.bits < 8
+        narrow = params.spec.bits < 8 and name not in self.plan.same_range  # moved: clipped before
         source = raw
         if narrow and _is_idle_clip(producer, params) and producer is not None:
             source = producer.inputs[0] or raw  # else it would part the layer from its Q

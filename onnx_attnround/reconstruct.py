@@ -184,6 +184,8 @@ def _layer(
     floor = torch.full(weight.shape[:2], torch.finfo(torch.float32).tiny)
     if bias is not None and plan.x in params:
         floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
+    if plan.op_type == "ConvTranspose":  # whose groups share their scales
+        floor = floor.amax(0, keepdim=True).expand_as(floor)
     return _Layer(plan, replace(plan.weight_spec, bits=bits), weight, bias, floor)
 
 

@@ -29,6 +29,8 @@ WIDE = 640  # inputs that greedy descent looks at together; of more, it takes ..
 BLOCK = 128  # ... so many at a time ...
 SWEEPS = 8  # ... in so many passes at most
 REFITS = 3  # alternations of least-squares scale and descent
+RESAMPLES = 20  # draws around the solution, for layers of up to WIDE inputs
+RESAMPLE_TAU = 0.25  # standard deviation of these draws, in steps of the grid
 SCALE_CANDIDATES = torch.linspace(0.3, 1.1, 33)
 
 
@@ -209,12 +211,35 @@ def round_nearest(
 def round_attention(
     problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention Round, then greedy descent and least-squares scales in turn."""
+    """Attention Round, greedy descent and least-squares scales in turn, then resampling."""
     codes = descend(problem, attention_codes(problem, scale, steps, generator), scale)
     for _ in range(REFITS):
         scale = refit_scale(problem, codes, scale)
         codes = descend(problem, codes, scale)
+    if steps and codes.shape[-1] <= WIDE:
+        codes = resample(problem, codes, scale, generator)
+        scale = refit_scale(problem, codes, scale)
+        codes = descend(problem, codes, scale)
     return codes, scale
+
+
+def resample(
+    problem: Objective, codes: torch.Tensor, scale: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw Gaussian offsets around the codes anew, descend from there, keep rows that gain.
+
+    Leaves the local minimum that greedy descent ends in; about one weight in
+    twenty moves each time.
+    """
+    best, best_loss = codes, problem.loss(codes, scale)
+    for _ in range(RESAMPLES):
+        offset = torch.randn(codes.shape, generator=generator).mul_(RESAMPLE_TAU)
+        drawn = descend(problem, problem.clip_round(best + offset), scale)
+        loss = problem.loss(drawn, scale)
+        better = loss < best_loss
+        best = torch.where(better[..., None], drawn, best)
+        best_loss = torch.where(better, loss, best_loss)
+    return best
 
 
 def attention_codes(
@@ -340,13 +365,14 @@ def round_adaround(
 
     Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
     arXiv 2004.10568: stretch (-0.1, 1.1), beta annealed 20 to 2 after a fifth of
-    the steps, Adam with learning rate 0.01 on the exact objective.
+    the steps, Adam on the exact objective. Learning rate and weight of the regulariser
+    are the best of those tried for 500 steps (docs/experiments.md).
     """
     position = problem.weight / scale
     floor = position.floor()
     fraction = (position - floor).clamp(0.01, 0.99)
     logits = torch.logit((fraction + 0.1) / 1.2).requires_grad_()
-    optimiser = torch.optim.Adam([logits], lr=0.01)
+    optimiser = torch.optim.Adam([logits], lr=0.1)
     unit = problem.gram.diagonal(dim1=1, dim2=2).mean() * scale.square().mean()
     for step in range(steps):
         upness = (torch.sigmoid(logits) * 1.2 - 0.1).clamp(0, 1)
@@ -355,7 +381,7 @@ def round_adaround(
         done = step / steps
         if done > 0.2:
             beta = 2 + 18 * 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
-            loss = loss + 0.01 * (1 - (2 * upness - 1).abs().pow(beta)).sum()
+            loss = loss + (1 - (2 * upness - 1).abs().pow(beta)).sum()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

@@ -33,7 +33,7 @@ CALIBRATION_SAMPLES = 1024
 CALIBRATION_BATCH = 32
 EVALUATION_BATCH = 250
 LATENCY_BATCH = 16
-LATENCY_ROUNDS = 150
+LATENCY_ROUNDS = 300
 COLUMNS = (
     "", "top-1", "agrees with float", "SQNR dB", "size kB", "ms", "float / this",
     "quantize_static / this", "CPU s",
