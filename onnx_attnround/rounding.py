@@ -365,9 +365,11 @@ def round_adaround(
 
     Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
     arXiv 2004.10568: stretch (-0.1, 1.1), beta annealed 20 to 2 after a fifth of
-    the steps, Adam on the exact objective. Learning rate and weight of the regulariser
-    are the best of those tried for 500 steps (docs/experiments.md).
+    the steps, Adam on the exact objective. It is given ten steps for each of
+    Attention Round's; learning rate and weight of the regulariser are the best of
+    those tried for 500 steps (docs/experiments.md).
     """
+    steps *= 10
     position = problem.weight / scale
     floor = position.floor()
     fraction = (position - floor).clamp(0.01, 0.99)

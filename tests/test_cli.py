@@ -115,7 +115,7 @@ def test_version_and_help_import_nothing_heavy() -> None:
         (["in.onnx", "out.onnx", "surplus"], "surplus"),
         (["in.onnx", "out.onnx", "--weight-bits", "x"], "--weight-bits"),
         (["in.onnx", "out.onnx", "--weight-bits", "9"], "option 'weight_bits'"),
-        (["in.onnx", "out.onnx", "--act-bits", "5"], "4, 8, 16 or 32"),
+        (["in.onnx", "out.onnx", "--act-bits", "9"], "8, 16 or 32"),
         (["in.onnx", "out.onnx", "--method", "magic"], "'attention', 'adaround' or 'nearest'"),
         (["in.onnx", "out.onnx", "--target", "abacus"], "expected one of ort"),
         (["in.onnx", "out.onnx", "--bit-choices", "2,x"], "option 'bit_choices.1'"),
@@ -137,7 +137,7 @@ def test_wrong_usage_is_one_line_and_code_2(
     assert fake.config is None
 
 
-@pytest.mark.parametrize("line", ["weigth_bits = 4", "act_bits = 5", "[layer_bits]\nconv = 99"])
+@pytest.mark.parametrize("line", ["weigth_bits = 4", "act_bits = 9", "[layer_bits]\nconv = 99"])
 def test_a_wrong_config_file_is_code_2(
     line: str, fake: FakeQuantize, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,7 +93,7 @@ def _variants(
 
     nearest = problem.nearest(scale)
     yield "nearest", lambda: (nearest, scale)
-    yield "AdaRound, 500 steps", lambda: rounding.round_adaround(problem, scale, 500, generator())
+    yield f"AdaRound, {10 * steps} steps", lambda: rounding.round_adaround(problem, scale, steps, generator())
     yield "greedy descent from nearest", lambda: (descend(problem, nearest, scale), scale)
     yield f"Attention Round, {steps} steps", lambda: (learned(steps), scale)
     for count in (steps // 2, steps, 2 * steps):
@@ -130,7 +130,8 @@ def _resampled(problem: Objective, scale: torch.Tensor, steps: int, draws: int) 
 
 def compare_allocation(options: argparse.Namespace, bits: int) -> None:
     """Output SQNR and agreement at the same mean bits: uniform, and by coding length."""
-    print(f"\n| mean of {bits} bits | SQNR dB | agreement | bits of the layers |\n|---|---|---|---|")
+    print(f"\n| mean of {bits} bits | SQNR dB | agreement | bits of the layers |")
+    print("|---|---|---|---|")
     _print_allocation("uniform", _run(options, weight_bits=bits))
     usual = allocate.coding_length
     for share in (1, 0.25, 4.0**-2, 4.0**-3, 4.0**-4):

@@ -1,0 +1,114 @@
+"""The documents keep their word: examples run, options and files that they name exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from onnx_attnround import QuantConfig
+from onnx_attnround.__main__ import app, main
+from onnx_attnround.calibrate import OBSERVERS
+from onnx_attnround.config import tomllib
+from onnx_attnround.preprocess import PREPROCESS, Preprocess
+from onnx_attnround.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The arguments of each run of the command line in the README."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    runs = [shlex.split(line, comments=True) for line in lines]
+    return [run[3:] for run in runs if run[:3] == ["python", "-m", "onnx_attnround"]]
+
+
+def options() -> set[str]:
+    """All that the command line understands."""
+    return {name for parameter in get_command(app).params for name in parameter.opts}
+
+
+def test_the_first_commands_are_two() -> None:
+    first = [line.split("#")[0].strip() for line in blocks("sh")[0].splitlines()]
+    assert first == ["make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE) for line in first)
+
+
+@pytest.mark.parametrize("example", blocks("python"))
+def test_python_examples_run(example: str, models_dir: Path, tmp_path: Path) -> None:
+    for path in models_dir.glob("digits_*"):
+        shutil.copy(path, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "digits_resnet.int.onnx").is_file()
+
+
+def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[Any, QuantConfig]] = []
+    monkeypatch.setattr("onnx_attnround.__main__._run", lambda *given: seen.append(given))
+    monkeypatch.chdir(tmp_path)
+    for arguments in commands():
+        assert main(arguments) == 0
+    assert len(seen) >= 6
+    assert any(config.weight_bits == 4 and config.max_drop == 0.5 for _, config in seen)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_options_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = set()
+    for line in text.splitlines():
+        if "pip install" not in line and "tools/" not in line:
+            named |= set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line))
+    assert named <= options() | {"--help"}
+
+
+def test_the_config_example_is_valid() -> None:
+    (example,) = blocks("toml")
+    config = QuantConfig.parse(tomllib.loads(example))
+    assert config.layer_bits
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_named_files_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    files = re.findall(r"\b(?:onnx_attnround|tests|tools|docs)/[\w/]+\.\w+\b", text)
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_names_what_there_is() -> None:
+    words = set(re.findall(r"\w+", README))
+    target = TARGETS["ort"]
+    assert target.weighted | target.arithmetic | target.movement | target.absorbed <= words
+    assert {*PREPROCESS, *Preprocess.model_fields} <= words
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in method for name in OBSERVERS)
+
+
+def test_nothing_of_ours_is_called_the_papers() -> None:
+    for path in DOCUMENTS:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        assert "paper's formula" not in text
+        if "2207.03088" in text:
+            assert "our own derivation" in text
