@@ -70,17 +70,29 @@ def _find_layers(
 ) -> tuple[list[LayerPlan], dict[str, str]]:
     layers, skipped = [], {}
     main = set(model.graph)
+    varying = _varying(model)
     for node in model.graph.all_nodes():
         if node.op_type not in WEIGHTED_OPS or not _is_standard(node):
             if node.op_type in _LISTED_OPS:
                 skipped[_name(node)] = f"{node.op_type} is not handled: its weights stay float"
             continue
         reason = "inside a subgraph" if node not in main else _refusal(node, config)
+        if reason is None and node.inputs[0] not in varying:
+            reason = "its input depends on no input of the model"
         if reason is None:
             layers.append(_layer(node, config))
         else:
             skipped[_name(node)] = reason
     return layers, skipped
+
+
+def _varying(model: ir.Model) -> set[ir.Value | None]:
+    """The values that depend on an input of the model."""
+    varying: set[ir.Value | None] = set(model.graph.inputs)
+    for node in model.graph:
+        if not varying.isdisjoint(node.inputs):
+            varying.update(node.outputs)
+    return varying
 
 
 _NO_WEIGHT = "no constant weight"

@@ -340,7 +340,7 @@ def _descend_block(
     excess = slope[..., block].reshape(result.shape) / (diagonal * scale.reshape(-1, 1))
     weight = diagonal / diagonal.mean(1, keepdim=True)
     state, active = result.clone(), torch.arange(len(result))
-    for _ in range(4 * result.shape[1]):
+    for _ in range(8 * result.shape[1] + 256):  # a bound; rows are done long before
         move = torch.sub(state, excess).round_().clamp_(problem.qmin, problem.qmax).sub_(state)
         gain, where = torch.add(move, excess, alpha=2).mul_(move).mul_(weight).min(1)
         gains = gain < -1e-6

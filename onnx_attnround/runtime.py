@@ -31,10 +31,10 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimised_model is not None:
         options.optimized_model_filepath = str(optimised_model)
-    source = str(model) if isinstance(model, Path) else _serialised(model)
     try:
+        source = str(model) if isinstance(model, Path) else _serialised(model)
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+    except Exception as error:  # protobuf and ONNX Runtime raise a dozen unrelated types here
         raise ModelError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
 
 

@@ -93,7 +93,10 @@ def _variants(
 
     nearest = problem.nearest(scale)
     yield "nearest", lambda: (nearest, scale)
-    yield f"AdaRound, {10 * steps} steps", lambda: rounding.round_adaround(problem, scale, steps, generator())
+    yield (
+        f"AdaRound, {10 * steps} steps",
+        lambda: rounding.round_adaround(problem, scale, steps, generator()),
+    )
     yield "greedy descent from nearest", lambda: (descend(problem, nearest, scale), scale)
     yield f"Attention Round, {steps} steps", lambda: (learned(steps), scale)
     for count in (steps // 2, steps, 2 * steps):
