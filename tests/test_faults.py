@@ -74,7 +74,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The command line, with a folder of its own for temporary files."""
+    """The command line, with a folder of its own for temporary files.
+
+    It heeds SIGINT even where the tests run in the background, with SIGINT ignored.
+    """
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder.parent / "temp"),
         "HOME": str(folder.parent),
@@ -82,6 +85,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "onnx_attnround", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
