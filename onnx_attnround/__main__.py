@@ -181,6 +181,14 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         list[str] | None,
         _setting("exclude", "No nodes whose name fits this glob; repeatable.", panel=_HOW),
     ] = None,
+    custom_op_library: Annotated[
+        list[str] | None,
+        _setting(
+            "custom_op_library",
+            "Shared library with operators that the model uses; repeatable.",
+            panel=_OUT,
+        ),
+    ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of all randomness.", panel=_OUT)] = None,
     threads: Annotated[
         int | None, _setting("threads", "CPU threads. Default: all cores.", panel=_OUT)

@@ -53,6 +53,7 @@ class QuantConfig(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     weight_storage: WeightStorage | None = None
+    custom_op_library: tuple[str, ...] = ()
     threads: Annotated[int, Field(ge=1)] | None = None
     activation_memory_mb: Annotated[int, Field(ge=1)] = 256
     min_sqnr: Finite | None = None

@@ -42,6 +42,12 @@ class Moments:
     power: torch.Tensor
     signal: torch.Tensor
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum overflowed, as squares of inputs beyond some 1e18 do."""
+        means = (self.gram, self.cross, self.mean_v, self.mean_e, self.power, self.signal)
+        return all(bool(mean.isfinite().all()) for mean in means)
+
 
 def collect(
     layer: LayerPlan,

@@ -73,8 +73,8 @@ def _find_layers(
     varying = _varying(model)
     for node in model.graph.all_nodes():
         if node.op_type not in WEIGHTED_OPS or not _is_standard(node):
-            if node.op_type in _LISTED_OPS:
-                skipped[_name(node)] = f"{node.op_type} is not handled: its weights stay float"
+            if why := _unhandled(node):
+                skipped[_name(node)] = why
             continue
         reason = "inside a subgraph" if node not in main else _refusal(node, config)
         if reason is None and node.inputs[0] not in varying:
@@ -96,10 +96,28 @@ def _varying(model: ir.Model) -> set[ir.Value | None]:
 
 
 _NO_WEIGHT = "no constant weight"
-_LISTED_OPS = frozenset(
-    {"LSTM", "GRU", "RNN", "Einsum", "QLinearConv", "QLinearMatMul", "ConvInteger",
-     "MatMulInteger", "DeformConv"}
+_QUANTISED = "already quantised"
+_LOOKED_UP = "its table is looked up, not multiplied: it stays float"
+_LISTED_OPS = frozenset({"LSTM", "GRU", "RNN", "Einsum", "DeformConv", "Gather"})
+_INTEGER_OPS = frozenset(
+    {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
+     "MatMulNBits", "QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
 )  # fmt: skip
+
+
+def _unhandled(node: ir.Node) -> str | None:
+    """Why a node that is none of the weighted ops keeps its weights, if it has any."""
+    if node.op_type in _INTEGER_OPS:
+        return _QUANTISED
+    if _is_standard(node) and node.op_type not in _LISTED_OPS:
+        return None
+    constants = (v.const_value for v in node.inputs if v is not None and v.const_value is not None)
+    if any(c.dtype.is_floating_point() and len(c.shape) > 1 for c in constants):
+        if node.op_type == "Gather":
+            return _LOOKED_UP
+        op = node.op_type if _is_standard(node) else f"{node.domain}.{node.op_type}"
+        return f"{op} is not handled: its weights stay float"
+    return None
 
 
 def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
@@ -111,6 +129,9 @@ def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
         return "matched by exclude"
     tensor = None if weight is None else weight.const_value
     if weight is None or tensor is None:
+        producer = None if weight is None else weight.producer()
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            return _QUANTISED
         constant_left = node.inputs[0] is not None and node.inputs[0].const_value is not None
         return "the constant operand is the left one" if constant_left else _NO_WEIGHT
     if tensor.dtype != ir.DataType.FLOAT:
@@ -211,7 +232,7 @@ def _mark_ends(
     Layers that stay in float count: the second is not the first because that is excluded.
     """
     weighted = {layer.node for layer in layers}
-    weighted |= {node for node, reason in skipped.items() if reason != _NO_WEIGHT}
+    weighted |= {n for n, reason in skipped.items() if reason not in (_NO_WEIGHT, _LOOKED_UP)}
     seen_by_input: set[str] = set()  # values computed by layers or from them
     for node in model.graph:
         touched = any(v is not None and v.name in seen_by_input for v in node.inputs)

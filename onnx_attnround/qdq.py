@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.graph import raise_opset
+from onnx_attnround.graph import name_nodes, raise_opset
 from onnx_attnround.quantizer import quantize
 from onnx_attnround.records import (
     Array,
@@ -50,6 +50,7 @@ def insert(
         writer.add_activation(name)
     writer.remove_unused_initializers()
     out.graph.sort()
+    name_nodes(out)  # a model that is quantised in part may have nodes of the same names
     return out
 
 

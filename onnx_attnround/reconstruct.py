@@ -122,8 +122,9 @@ def round_layers(
                     params.get(layer.plan.x),
                     centred=layer.bias is not None,
                 )
-                rounding = _round(layer, moments, config, index)
-            roundings[layer.plan.node] = rounding
+                if moments.finite:  # else what round_plain made of the layer stays
+                    roundings[layer.plan.node] = _round(layer, moments, config, index)
+            rounding = roundings[layer.plan.node]
             qdq.update_layer(quantised, layer.plan, rounding, params, plan)
             on_event(_event(layer, rounding, index + 1, len(layers)))
     return roundings

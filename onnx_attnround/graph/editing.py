@@ -19,7 +19,8 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     """What must be fed to the model; inputs that have a default value are left out.
 
     Raises:
-        ModelError: an input is no tensor, or its number of dimensions is unknown.
+        ModelError: an input is no tensor, is of a type that NumPy does not have, or its
+            number of dimensions is unknown.
     """
     return tuple(
         _input_spec(value)
@@ -39,8 +40,6 @@ def tensor_value(model: ir.Model, name: str) -> Array:
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     """A copy whose outputs are exactly the values ``names``, without what they do not need.
 
-    A value of unknown type is taken to be float32.
-
     Raises:
         ModelError: the main graph has no value of that name.
     """
@@ -50,9 +49,6 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
         raise ModelError(f"the model has no tensor '{unknown[0]}'; check the name")
     result.graph.outputs.clear()
     result.graph.outputs.extend(values[name] for name in names)
-    for value in result.graph.outputs:
-        if value.type is None:
-            value.type = ir.TensorType(ir.DataType.FLOAT)
     common.RemoveUnusedNodesPass()(result)
     return result
 
@@ -149,4 +145,10 @@ def _input_spec(value: ir.Value) -> InputSpec:
         )
     # Some exporters write -1 or 0 for a dynamic dimension.
     shape = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape)
-    return InputSpec(name=str(value.name), dtype=value.type.dtype.numpy(), shape=shape)
+    dtype = value.type.dtype.numpy()
+    if dtype.kind == "V":  # a type that NumPy itself does not have
+        raise ModelError(
+            f"input '{value.name}' is {value.type.dtype.name}, which ONNX Runtime takes from no "
+            "array; export the model with FLOAT or INT8 inputs"
+        )
+    return InputSpec(name=str(value.name), dtype=dtype, shape=shape)

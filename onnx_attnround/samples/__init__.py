@@ -61,6 +61,8 @@ class Samples:
             if left is None:
                 yield part
                 continue
+            if left == self._limit:  # a static batch is never cut to nothing
+                left = max(left, part.key[0] or 0)
             if left > 0:
                 yield replace(part, count=min(part.count, left))
             left -= part.count

@@ -61,7 +61,8 @@ def part_of(feed: Feed, specs: Sequence[InputSpec], preprocess: Preprocess | Non
         rows = {name: stream for name, stream in rows.items() if name not in constant}
     static = {s.shape[0] for s in specs if s.name in rows} - {None}
     lengths = {stream.shape[0] for stream in rows.values()}
-    if len(lengths) > 1 or len(static) > 1:
+    empty_beside_others = feed.as_is and lengths == {0} and len(rows) < len(streams)
+    if len(lengths) > 1 or len(static) > 1 or empty_beside_others:
         _check_as_is(feed, specs, streams)
         rows = {}
     fixed = {name: stream for name, stream in streams.items() if name not in rows}

@@ -27,12 +27,14 @@ from onnx_attnround.simplify.tidy import (
     lift_constants,
     sort_nodes,
 )
+from onnx_attnround.simplify.widen import widen_half
 
 __all__ = ["simplify"]
 
 _PREPARE: dict[str, Callable[[ir.Model], int]] = {
     "inline-functions": inline_functions,
     "freeze-inputs": freeze_inputs,
+    "widen-half": widen_half,
 }
 _PASSES: dict[str, Callable[[ir.Model], int]] = {
     "lift-constants": lift_constants,
