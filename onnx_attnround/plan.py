@@ -129,11 +129,7 @@ def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
         return "matched by exclude"
     tensor = None if weight is None else weight.const_value
     if weight is None or tensor is None:
-        producer = None if weight is None else weight.producer()
-        if producer is not None and producer.op_type == "DequantizeLinear":
-            return _QUANTISED
-        constant_left = node.inputs[0] is not None and node.inputs[0].const_value is not None
-        return "the constant operand is the left one" if constant_left else _NO_WEIGHT
+        return _weightless(node)
     if tensor.dtype != ir.DataType.FLOAT:
         return f"weight '{weight.name}' is {tensor.dtype.name}: FLOAT is handled"
     if node.inputs[0] is None or node.inputs[0].const_value is not None:
@@ -147,6 +143,16 @@ def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
     if reason is None and not np.isfinite(tensor.numpy()).all():
         reason = f"weight '{weight.name}' holds NaN or Inf"
     return reason
+
+
+def _weightless(node: ir.Node) -> str:
+    """Why the right operand of a weighted node is no constant."""
+    left, right = node.inputs[:2]
+    producer = None if right is None else right.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return _QUANTISED
+    constant_left = left is not None and left.const_value is not None
+    return "the constant operand is the left one" if constant_left else _NO_WEIGHT
 
 
 def _factor_refusal(attributes: Mapping[str, Any]) -> str | None:

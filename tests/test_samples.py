@@ -131,7 +131,7 @@ def test_samples_of_different_length_never_share_a_batch() -> None:
 def test_rechunking_keeps_order_and_count(lengths, size, limit, static) -> None:
     x = table(sum(lengths))
     items = [{"x": part} for part in np.split(x, np.cumsum(lengths)[:-1])]
-    expected = x[:limit]
+    expected = x if limit is None else x[: max(limit, static or 0)]
     expected = expected[: len(expected) - len(expected) % (static or 1)]
     if not len(expected):
         with pytest.raises(CalibrationError):
@@ -398,3 +398,22 @@ def test_cifar_calibration_set() -> None:
     expected = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     result = joined(samples, 32, "input")
     np.testing.assert_allclose(result, expected.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_a_static_batch_above_the_limit_is_one_sample_set() -> None:
+    """As where a wave form of 16,000 values is all that the model is fed."""
+    spec = InputSpec(name="x", dtype=np.dtype(np.float32), shape=(16,))
+    samples = open_samples({"x": np.zeros(32, np.float32)}, [spec], limit=10)
+    assert samples.count == 16
+    assert [len(feed["x"]) for feed in samples.batches(4)] == [16]
+
+
+def test_an_empty_tensor_beside_others_is_fed_as_it_is() -> None:
+    specs = [
+        InputSpec(name="x", dtype=np.dtype(np.float32), shape=(2, 3)),
+        InputSpec(name="none", dtype=np.dtype(np.float32), shape=(None,)),
+    ]
+    feed = {"x": np.ones((2, 3), np.float32), "none": np.zeros(0, np.float32)}
+    samples = open_samples([feed], specs)
+    assert samples.count == 1
+    assert [len(batch["none"]) for batch in samples.batches(4)] == [0]

@@ -178,15 +178,14 @@ def test_batch_norm_per_activation_stays() -> None:
     assert fold_batch_norm(model) == 0
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_folded_weight_keeps_its_type(dtype: type) -> None:
-    name = {np.float16: "float16", np.float64: "double"}[dtype]
+def test_folded_weight_keeps_its_type() -> None:
+    dtype = np.float64
     model = normed(*LAYERS["conv1d"], "6")
     for value in model.graph.initializers.values():
         value.const_value = ir.tensor(value.const_value.numpy().astype(dtype), name=value.name)
         value.dtype = value.const_value.dtype
     for value in (*model.graph.inputs, *model.graph.outputs):
-        value.dtype = ir.DataType[name.upper()]
+        value.dtype = ir.DataType.DOUBLE
     result, _ = simplify(model)
     assert ops(result) == ["Conv", "Relu"]
     assert graph.tensor_value(result, "w").dtype == dtype

@@ -1,4 +1,4 @@
-"""Every model that the onnx package ships, through ``quantize``: converted, or refused with a reason.
+"""Every model that the onnx package ships, through ``quantize``: converted, or refused, why.
 
     python tools/onnx_cases.py [--every 1] [--only 'node/test_conv*'] [--workers 2] [--seconds 60]
 
@@ -208,7 +208,8 @@ def _reads(node: Any) -> Iterator[Any]:
     yield from node.inputs
     for attribute in node.attributes.values():
         if attribute.type.name == "GRAPH":
-            yield from (value for inner in attribute.as_graph().all_nodes() for value in inner.inputs)
+            for inner in attribute.as_graph().all_nodes():
+                yield from inner.inputs
 
 
 def _random_feeds(source: Path) -> tuple[Feeds, ...]:

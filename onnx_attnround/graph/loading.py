@@ -24,7 +24,7 @@ def load(path: Path) -> ir.Model:
         for tensor in proto.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 _check_external(tensor, path)
-        onnx.checker.check_model(str(path))
+        _check(proto, path)
         model = ir.from_proto(proto)
     except (onnx.checker.ValidationError, ir.serde.SerdeError, ValueError) as error:
         raise ModelError(
@@ -57,6 +57,27 @@ def _parse(path: Path) -> onnx.ModelProto:
             f"sparse initializer '{name}' of '{path}' is not supported; store it as dense tensor"
         )
     return proto
+
+
+def _check(proto: onnx.ModelProto, path: Path) -> None:
+    """The check of onnx, but that exporters leave out the shape of some inputs and outputs.
+
+    Which of them need one, ``input_specs`` says.
+    """
+    ends = (*proto.graph.input, *proto.graph.output)
+    tensors = [end.type.tensor_type for end in ends if end.type.HasField("tensor_type")]
+    shapeless = [tensor for tensor in tensors if not tensor.HasField("shape")]
+    external = any(
+        tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer
+    )
+    if not shapeless or external:
+        onnx.checker.check_model(str(path))
+        return
+    for tensor in shapeless:
+        tensor.shape.SetInParent()
+    onnx.checker.check_model(proto)
+    for tensor in shapeless:
+        tensor.ClearField("shape")
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:

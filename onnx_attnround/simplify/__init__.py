@@ -21,6 +21,7 @@ from onnx_attnround.simplify.gemm_scale import fold_gemm_scale
 from onnx_attnround.simplify.onnxsim_pass import run_onnxsim
 from onnx_attnround.simplify.tidy import (
     drop_identities,
+    drop_stale_shapes,
     drop_unused,
     freeze_inputs,
     inline_functions,
@@ -34,6 +35,7 @@ __all__ = ["simplify"]
 _PREPARE: dict[str, Callable[[ir.Model], int]] = {
     "inline-functions": inline_functions,
     "freeze-inputs": freeze_inputs,
+    "drop-stale-shapes": drop_stale_shapes,
     "widen-half": widen_half,
 }
 _PASSES: dict[str, Callable[[ir.Model], int]] = {
@@ -60,6 +62,8 @@ def simplify(model: ir.Model) -> tuple[ir.Model, list[str]]:
     _run(_PREPARE, result, counts)
     prepared = result.clone()
     _run(_PASSES, result, counts)
+    if any(value.shape is None for value in result.graph.outputs):
+        result, _ = _infer_shapes(result)  # onnxsim wants a shape of every output
     result, note = run_onnxsim(result)
     _run(_PASSES, result, counts)
     result, failure = _infer_shapes(result)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph import reason
+from onnx_attnround.graph import reason, through_proto
 
 
 def inline_functions(model: ir.Model) -> int:
@@ -37,6 +39,25 @@ def freeze_inputs(model: ir.Model) -> int:
     common.RemoveInitializersFromInputsPass()(model)
     model.ir_version = max(model.ir_version, 4)  # before, every initializer was an input
     return before - len(model.graph.inputs)
+
+
+def drop_stale_shapes(model: ir.Model) -> int:
+    """Types and shapes of computed values go, if they contradict the inputs'.
+
+    So they do where somebody changed inputs by hand. What only the model itself can know,
+    the outputs of operators that onnx does not have, stays.
+    """
+    infer = partial(onnx.shape_inference.infer_shapes, strict_mode=True, data_prop=True)
+    try:
+        through_proto(model, infer)
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):
+        nodes = [node for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")]
+    else:
+        return 0
+    for value in (value for node in nodes for value in node.outputs):
+        if not value.is_graph_output():
+            value.type = value.shape = None
+    return len(nodes)
 
 
 def lift_constants(model: ir.Model) -> int:
