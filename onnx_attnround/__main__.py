@@ -162,7 +162,9 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
     ] = None,
     target: Annotated[
         str | None,
-        _setting("target", "The runtime to write for", panel=_HOW, choices=tuple(TARGETS)),
+        _setting(
+            "target", "The runtime to write for", panel=_HOW, choices=(*TARGETS, "or a TOML file")
+        ),
     ] = None,
     weight_storage: Annotated[
         str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,16 +12,12 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
 )
 
 from onnx_attnround.errors import ConfigError
-from onnx_attnround.targets import WeightStorage, get_target
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from onnx_attnround.targets import Target, WeightStorage, get_target, read_toml
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -37,7 +32,7 @@ class QuantConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    target: str = "ort"
+    target: str | Target = "ort"
     weight_bits: Bits = 8
     act_bits: Literal[2, 3, 4, 5, 6, 7, 8, 16, 32] = 8
     mean_bits: Annotated[float, Field(ge=2, le=8)] | None = None
@@ -61,11 +56,17 @@ class QuantConfig(BaseModel):
 
     @field_validator("target")
     @classmethod
-    def _known_target(cls, value: str) -> str:
+    def _known_target(cls, value: str | Target) -> str | Target:
+        """The name of a target, or the content of the file that describes one."""
         try:
-            return get_target(value).name
+            target = get_target(value)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        return value if value == target.name else target
+
+    @field_serializer("target")
+    def _plain_target(self, value: str | Target) -> str | dict[str, Any]:
+        return value if isinstance(value, str) else value.plain()
 
     @field_validator("bit_choices")
     @classmethod
@@ -88,10 +89,7 @@ class QuantConfig(BaseModel):
 
 def read_config(path: Path) -> dict[str, Any]:
     """The keys of a TOML file, not yet validated; raises ``ConfigError``."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot read config '{path}': {error}") from error
+    return read_toml(path, "config")
 
 
 def _first_line(error: ValidationError) -> str:

@@ -24,7 +24,6 @@ from onnx_attnround.records import Array, BitAllocation, Event, LayerRounding, Q
 from onnx_attnround.runtime import custom_ops, open_session
 from onnx_attnround.samples import Samples, open_samples, read_labels
 from onnx_attnround.simplify import simplify
-from onnx_attnround.targets import get_target
 from onnx_attnround.verify import Verification, check_gates, check_labels, verify
 
 OnEvent = Callable[[Event], None]
@@ -97,7 +96,7 @@ def quantize(
     with run.stage("round"):
         roundings = _round(run, simplified, plan, ranges, allocation, samples)
     with run.stage("write"):
-        storage = config.weight_storage or get_target(plan.target).weight_storage
+        storage = config.weight_storage or plan.target.weight_storage
         quantised = qdq.insert(simplified, plan, ranges.params, roundings, storage)
         _add_provenance(quantised, config, allocation)
     verification = None

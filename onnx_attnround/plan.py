@@ -25,12 +25,14 @@ from onnx_attnround.targets import Target, get_target
 def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: bool) -> QuantPlan:
     """The plan for ``model``; with ``quantise_activations`` false only weights are quantised.
 
-    Raises ``ModelError`` if no weight can be quantised, ``ConfigError`` if a
+    Raises ``ModelError`` if no weight can be quantised or the target does not read
+    the model's opset, ``ConfigError`` if it does not take the settings or a
     pattern of ``include``, ``exclude`` or ``layer_bits`` matches no node.
     """
     target = get_target(config.target)
+    _check_target(target, model, config)
     _check_patterns(model, config)
-    layers, skipped = _find_layers(model, config)
+    layers, skipped = _find_layers(model, config, target)
     if not layers:
         reasons = "; ".join(f"{node}: {why}" for node, why in list(skipped.items())[:3])
         raise ModelError(
@@ -43,12 +45,37 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     if quantise_activations and config.act_bits < 32:
         activations, same_range = _Activations(model, layers, target, config).find()
     return QuantPlan(
-        target=target.name,
+        target=target,
         layers=tuple(layers),
         activations=activations,
         same_range=same_range,
         skipped=skipped,
     )
+
+
+def _check_target(target: Target, model: ir.Model, config: QuantConfig) -> None:
+    bits, storage = config.act_bits, config.weight_storage
+    if bits != 32 and bits not in target.activation_bits:
+        known = ", ".join(map(str, sorted(target.activation_bits)))
+        raise ConfigError(
+            f"option 'act_bits': target '{target.name}' takes {known} or 32 (float), got {bits}"
+        )
+    if storage is not None and storage not in target.weight_storages:
+        known = ", ".join(target.weight_storages)
+        raise ConfigError(
+            f"option 'weight_storage': target '{target.name}' takes {known}, got {storage}"
+        )
+    if unknown := sorted(target.weighted - WEIGHTED_OPS.keys()):
+        raise ConfigError(
+            f"target '{target.name}': weighted ops: got {', '.join(unknown)}, expected some of "
+            f"{', '.join(WEIGHTED_OPS)}"
+        )
+    opset = model.opset_imports.get("", 0)
+    if target.max_opset is not None and opset > target.max_opset:
+        raise ModelError(
+            f"the model has opset {opset}, target '{target.name}' reads opsets up to "
+            f"{target.max_opset}; export it with that opset"
+        )
 
 
 def _check_patterns(model: ir.Model, config: QuantConfig) -> None:
@@ -66,7 +93,7 @@ def _check_patterns(model: ir.Model, config: QuantConfig) -> None:
 
 
 def _find_layers(
-    model: ir.Model, config: QuantConfig
+    model: ir.Model, config: QuantConfig, target: Target
 ) -> tuple[list[LayerPlan], dict[str, str]]:
     layers, skipped = [], {}
     main = set(model.graph)
@@ -80,7 +107,7 @@ def _find_layers(
         if reason is None and node.inputs[0] not in varying:
             reason = "its input depends on no input of the model"
         if reason is None:
-            layers.append(_layer(node, config))
+            layers.append(_layer(node, config, target))
         else:
             skipped[_name(node)] = reason
     return layers, skipped
@@ -189,14 +216,15 @@ def _bias(node: ir.Node) -> str | None:
     return None if value is None else value.name
 
 
-def _layer(node: ir.Node, config: QuantConfig) -> LayerPlan:
+def _layer(node: ir.Node, config: QuantConfig, target: Target) -> LayerPlan:
     x, weight = node.inputs[0], node.inputs[1]
     y = node.outputs[0]
     if x is None or weight is None or weight.const_value is None:
         raise ModelError(f"node '{_name(node)}': its input or weight is missing")
     attributes = _attributes(node)
     op = WEIGHTED_OPS[node.op_type]
-    axis: int | None = op.channel_axis(attributes)
+    per_tensor = node.op_type in target.per_tensor
+    axis = None if per_tensor else op.channel_axis(attributes)
     shape = _static(weight.const_value)
     input_shape, output_shape = _shape(x), _shape(y)
     known = input_shape is not None and output_shape is not None
@@ -276,12 +304,12 @@ class _Activations:
         for node in nodes:
             if node.name in layers and node.op_type in self.target.weighted:
                 self._add_layer(node)
-        for node in nodes:
-            if node.op_type in self.target.arithmetic:
-                self._add_arithmetic(node)
-            elif node.op_type in self.target.movement:
-                self._add_movement(node)
-        self._drop_idle_movement()
+        if self.target.placement == "regions":
+            self._add_regions(nodes)
+        elif self.target.placement == "inputs":
+            self._add_shortcuts(nodes)
+        else:
+            self._add_everything()
         return {name: self._spec(name) for name in self.chosen}, self.same_range
 
     def _add_layer(self, node: ir.Node) -> None:
@@ -290,6 +318,15 @@ class _Activations:
             self._choose(node.inputs[0])
         if node.op_type not in self.target.float_output:
             self._choose(self._absorbed(node.outputs[0]))
+
+    def _add_regions(self, nodes: list[ir.Node]) -> None:
+        """What lies between integer layers: arithmetic and movement of quantised tensors."""
+        for node in nodes:
+            if node.op_type in self.target.arithmetic:
+                self._add_arithmetic(node)
+            elif node.op_type in self.target.movement:
+                self._add_movement(node)
+        self._drop_idle_movement()
 
     def _add_arithmetic(self, node: ir.Node) -> None:
         output = self._absorbed(node.outputs[0])
@@ -305,6 +342,42 @@ class _Activations:
         for y in _moved(node):
             self._choose(y)
             self.same_range[y.name or ""] = x.name or ""
+
+    def _add_shortcuts(self, nodes: list[ir.Node]) -> None:
+        """What is added to the output of a layer, which itself stays float to be fused."""
+        for node in nodes:
+            if node.op_type != "Add":
+                continue
+            terms = [v for v in node.inputs if v is not None and v.const_value is None]
+            straight = [value for value in terms if self._is_fused(value)]
+            if straight and len(terms) == 2:
+                self._choose(terms[1] if straight[0] is terms[0] else terms[0])
+
+    def _is_fused(self, value: ir.Value) -> bool:
+        """Whether ``value`` goes from an integer layer to one reader, and nowhere else."""
+        producer = value.producer()
+        alone = len(value.uses()) == 1 and not value.is_graph_output()
+        return alone and producer is not None and _name(producer) in self.integer
+
+    def _add_everything(self) -> None:
+        """Each float tensor of the graph, and the constants of arithmetic."""
+        for value in self.model.graph.inputs:
+            self._choose_float(value)
+        for node in self.model.graph:
+            standard = _is_standard(node)
+            if standard and node.op_type in self.target.movement:
+                self._add_movement(node)
+            if standard and node.op_type in self.target.arithmetic:
+                for operand in node.inputs:
+                    if operand is not None and operand.const_value is not None:
+                        self._choose_float(operand)
+            for value in node.outputs:
+                if self._absorbed(value) is value:
+                    self._choose_float(value)
+
+    def _choose_float(self, value: ir.Value) -> None:
+        if value.dtype == ir.DataType.FLOAT:
+            self._choose(value)
 
     def _choose(self, value: ir.Value) -> None:
         self.chosen.setdefault(value.name or "", value)
@@ -346,16 +419,26 @@ class _Activations:
             bits.append(8)
         if any(layer.first_or_last for layer in readers):
             bits.append(self.config.first_last_bits)
+        producer = self.chosen[name].producer()
+        fixed = producer is not None and producer.op_type in self.target.unit_range
         return QuantSpec(
             bits=max(bits),
             signed=self.target.activation_signed,
             symmetric=self.target.activation_symmetric,
+            least_range=self.target.least_range,
+            fixed_range=_unit_range(producer.op_type, max(bits)) if fixed and producer else None,
         )
 
     def _root(self, name: str) -> str:
         while name in self.same_range:
             name = self.same_range[name]
         return name
+
+
+def _unit_range(op_type: str, bits: int) -> tuple[float, float]:
+    """The open range of a squashing function whose steps are powers of two."""
+    low = 0.0 if op_type == "Sigmoid" else -1.0
+    return low, 1.0 - (1.0 - low) / 2**bits
 
 
 def _is_standard(node: ir.Node) -> bool:

@@ -19,12 +19,13 @@ from onnx_attnround.records import (
     QuantPlan,
     QuantSpec,
 )
-from onnx_attnround.targets import WeightStorage, get_target
+from onnx_attnround.targets import WeightStorage
 
 PER_CHANNEL_OPSET = 13
 LOW_BIT_OPSET = 21  # INT4 and 16-bit types in QuantizeLinear and DequantizeLinear
+TWO_BIT_OPSET = 25  # INT2 in Cast
 
-_PACKED = {"INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4}
+_PACKED = {"INT2": ml_dtypes.int2, "INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4}
 
 
 def insert(
@@ -80,9 +81,19 @@ def _sources(value: ir.Value | None) -> list[ir.Value]:
 def _required_opset(
     plan: QuantPlan, roundings: Mapping[str, LayerRounding], storage: WeightStorage
 ) -> int:
-    low_weights = storage != "int8" and any(r.spec.bits <= 4 for r in roundings.values())
+    weights = {_code_type(rounding.spec, storage) for rounding in roundings.values()}
     wide_activations = any(spec.bits > 8 for spec in plan.activations.values())
-    return LOW_BIT_OPSET if low_weights or wide_activations else PER_CHANNEL_OPSET
+    if ir.DataType.INT2 in weights:
+        return TWO_BIT_OPSET
+    low = ir.DataType.INT4 in weights or wide_activations
+    return LOW_BIT_OPSET if low else PER_CHANNEL_OPSET
+
+
+def _code_type(spec: QuantSpec, storage: WeightStorage) -> ir.DataType:
+    """The type of the initialiser that holds weight codes."""
+    if spec.bits <= 2 and storage == "packed2":
+        return ir.DataType.INT2
+    return ir.DataType.INT4 if spec.bits <= 4 and storage != "int8" else ir.DataType.INT8
 
 
 def _activation_type(spec: QuantSpec) -> ir.DataType:
@@ -90,8 +101,10 @@ def _activation_type(spec: QuantSpec) -> ir.DataType:
     return ir.DataType[f"{'' if spec.signed else 'U'}INT{8 if spec.bits <= 8 else 16}"]
 
 
-def _is_idle_clip(node: ir.Node | None, params: QuantParams) -> bool:
-    """Whether the bounds of a Clip are, or are beyond, the lowest and the highest code."""
+def _is_idle(node: ir.Node | None, params: QuantParams) -> bool:
+    """Whether a Relu or Clip keeps all that the Q behind it can tell apart."""
+    if node is not None and node.op_type == "Relu":
+        return int(params.zero_point) == params.spec.qmin
     if node is None or node.op_type != "Clip":
         return False
     bounds = [None if value is None else value.const_value for value in node.inputs[1:]]
@@ -117,9 +130,8 @@ def _layer_tensors(
 ) -> list[ir.Tensor[Array]]:
     """The initialisers of one layer: weight codes, scale, zero point and the bias."""
     base = layer.node
-    low = rounding.spec.bits <= 4 and storage != "int8"
-    code_type = ir.DataType.INT4 if low else ir.DataType.INT8
-    point_type = ir.DataType.INT4 if low and storage == "int4" else ir.DataType.INT8
+    code_type = _code_type(rounding.spec, storage)
+    point_type = code_type if storage == "int4" else ir.DataType.INT8
     tensors = [
         _tensor(rounding.codes, code_type, f"{base}/weight_codes"),
         _tensor(rounding.scale, ir.DataType.FLOAT, f"{base}/weight_scale"),
@@ -160,7 +172,7 @@ def bias_scale(
     ``None`` also where a bias would not fit int32 at that scale, and for ops that do not
     run in integer: it then stays float.
     """
-    x, target = params.get(layer.x), get_target(plan.target)
+    x, target = params.get(layer.x), plan.target
     if rounding.bias is None or x is None:
         return None
     if not target.int32_bias or layer.op_type not in target.weighted:
@@ -199,7 +211,7 @@ class _Writer:
         node = self.nodes[layer.node]
         tensors = _layer_tensors(layer, rounding, self.params, self.plan, self.storage)
         codes, scale, zero_point, *bias = [self._initializer(tensor) for tensor in tensors]
-        if codes.dtype == ir.DataType.INT4 and zero_point.dtype == ir.DataType.INT8:
+        if codes.dtype != zero_point.dtype:
             codes = self._cast(codes, f"{layer.node}/weight_int8", node)
         axis = None if rounding.scale.ndim == 0 else rounding.spec.axis
         weight = self._dequantise([codes, scale, zero_point], f"{layer.node}/weight", axis, node)
@@ -213,19 +225,27 @@ class _Writer:
             node.replace_input_with(2, value)
 
     def add_activation(self, name: str) -> None:
-        """Q and DQ behind the tensor ``name``, for all its consumers."""
-        raw, params = self.values[name], self.params[name]
-        producer = raw.producer()
-        consumers = [(usage.node, usage.idx) for usage in raw.uses()]
-        if producer is not None:
-            raw.name = self._fresh(f"{name}_raw")
+        """Q and DQ behind the tensor ``name``, for all its consumers; DQ alone on a constant."""
+        params = self.params[name]
         code_type = _activation_type(params.spec)
         scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
         point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
+        if name in self.graph.initializers:
+            self._add_constant(self.graph.initializers[name], params, scale, point)
+            return
+        raw = self.values[name]
+        producer = raw.producer()
+        consumers = [(usage.node, usage.idx) for usage in raw.uses()]
+        takes_name = producer is not None and not self._stays_float(raw)
+        if takes_name:
+            raw.name = self._fresh(f"{name}_raw")
         narrow = params.spec.bits < 8 and name not in self.plan.same_range  # moved: clipped before
         source = raw
-        if narrow and _is_idle_clip(producer, params) and producer is not None:
-            source = producer.inputs[0] or raw  # else it would part the layer from its Q
+        drops = self.plan.target.drop_absorbed or (
+            narrow and producer is not None and producer.op_type == "Clip"
+        )  # a Clip would part the layer from its Q
+        if drops and takes_name and producer is not None and _is_idle(producer, params):
+            source = producer.inputs[0] or raw
         quantise = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")
         self.graph.append(quantise)
         codes = quantise.outputs[0]
@@ -235,17 +255,35 @@ class _Writer:
             codes = self._clip_codes(codes, params.spec, name)
         dequantise = ir.node("DequantizeLinear", [codes, scale, point], name=f"{name}/dequantize")
         restored = dequantise.outputs[0]
-        restored.name = self._fresh(f"{name}_dequantized") if producer is None else name
+        restored.name = name if takes_name else self._fresh(f"{name}_dequantized")
         restored.shape, restored.type = raw.shape, raw.type
         self.graph.append(dequantise)
         for node, index in consumers:
             node.replace_input_with(index, restored)
         for position, output in enumerate(self.graph.outputs):
-            if output is raw and producer is not None:
+            if output is raw and takes_name:
                 self.graph.outputs[position] = restored
-
         if source is not raw and producer is not None:
             self.graph.remove(producer, safe=True)
+
+    def _stays_float(self, value: ir.Value) -> bool:
+        return value.is_graph_output() and not self.plan.target.quantised_outputs
+
+    def _add_constant(
+        self, constant: ir.Value, params: QuantParams, scale: ir.Value, point: ir.Value
+    ) -> None:
+        """Codes and DQ in place of a float constant, for all its consumers."""
+        consumers = [(usage.node, usage.idx) for usage in constant.uses()]
+        values, spec = constant.const_value, params.spec
+        if values is None or not consumers:
+            return
+        zero = params.zero_point.astype(np.float32)
+        codes = quantize(values.numpy(), params.scale, zero, spec.qmin, spec.qmax)
+        tensor = _tensor(codes, _activation_type(spec), f"{constant.name}/codes")
+        inputs = [self._initializer(tensor), scale, point]
+        restored = self._dequantise(inputs, constant.name or "", None, consumers[0][0])
+        for node, index in consumers:
+            node.replace_input_with(index, restored)
 
     def _clip_codes(self, codes: ir.Value, spec: QuantSpec, name: str) -> ir.Value:
         """Codes narrower than their type, held in their range by a Clip on integers."""

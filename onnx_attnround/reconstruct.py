@@ -44,15 +44,20 @@ class _Layer:
     scale_floor: torch.Tensor
 
     @property
-    def shared_scale(self) -> bool:
-        """Grouped ConvTranspose: the channel axis of the weight does not tell groups apart."""
-        return self.plan.op_type == "ConvTranspose" and self.weight.shape[0] > 1
+    def shared_axes(self) -> tuple[int, ...]:
+        """The axes of ``[g, o]`` along which the weight has one scale."""
+        if self.spec.axis is None:
+            return (0, 1)
+        # ConvTranspose: the channel axis of the weight does not tell groups apart
+        return (0,) if self.plan.op_type == "ConvTranspose" else ()
 
     def rounding(
         self, solution: Solution, bias: torch.Tensor | None, power: float
     ) -> LayerRounding:
         """The record of a solution; ``power`` is the variance of the layer's output."""
-        scale = solution.scale[0, :, 0] if self.shared_scale else solution.scale.reshape(-1)
+        shared = tuple(0 if axis in self.shared_axes else slice(None) for axis in (0, 1))
+        scale = solution.scale[(*shared, 0)]
+        scale = scale.reshape(-1) if scale.ndim else scale
         return LayerRounding(
             weight=self.plan.weight,
             spec=self.spec,
@@ -76,7 +81,7 @@ def round_plain(
     roundings = {}
     for layer in _prepare(model, plan, params, allocation):
         problem = plain_objective(
-            layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_scale=layer.shared_scale
+            layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_axes=layer.shared_axes
         )
         with _torch_threads(layer, None):
             solution = solve(problem, "nearest", steps=0, seed=0)
@@ -148,7 +153,7 @@ def _round(layer: _Layer, moments: Moments, config: QuantConfig, index: int) -> 
         moments,
         layer.spec,
         scale_floor=layer.scale_floor,
-        shared_scale=layer.shared_scale,
+        shared_axes=layer.shared_axes,
     )
     solution = solve(problem, config.method, steps=config.steps, seed=config.seed + index)
     bias = None
@@ -185,9 +190,10 @@ def _layer(
     floor = torch.full(weight.shape[:2], torch.finfo(torch.float32).tiny)
     if bias is not None and plan.x in params:
         floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
-    if plan.op_type == "ConvTranspose":  # whose groups share their scales
-        floor = floor.amax(0, keepdim=True).expand_as(floor)
-    return _Layer(plan, replace(plan.weight_spec, bits=bits), weight, bias, floor)
+    layer = _Layer(plan, replace(plan.weight_spec, bits=bits), weight, bias, floor)
+    if layer.shared_axes:
+        floor = floor.amax(layer.shared_axes, keepdim=True).expand_as(floor)
+    return replace(layer, scale_floor=floor)
 
 
 def _bias(model: ir.Model, plan: LayerPlan, weight: torch.Tensor) -> torch.Tensor | None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_attnround.targets import Target
+
 Array = NDArray[Any]
 
 
@@ -18,7 +20,8 @@ class QuantSpec:
 
     ``bits`` is the width of the codes, 2 to 16. ``narrow`` drops the lowest
     signed code, so that the range is symmetric. ``axis`` is the channel axis of
-    per-channel quantisation, ``None`` for per-tensor.
+    per-channel quantisation, ``None`` for per-tensor. ``fixed_range`` takes the
+    place of an observed range; any is at least ``least_range`` wide.
     """
 
     bits: int
@@ -26,6 +29,8 @@ class QuantSpec:
     symmetric: bool
     narrow: bool = False
     axis: int | None = None
+    least_range: float = 0.0
+    fixed_range: tuple[float, float] | None = None
 
     @property
     def qmin(self) -> int:
@@ -78,7 +83,7 @@ class QuantPlan:
     movement); ``skipped`` maps the name of a node left in float to the reason.
     """
 
-    target: str
+    target: Target
     layers: tuple[LayerPlan, ...]
     activations: Mapping[str, QuantSpec]
     same_range: Mapping[str, str] = field(default_factory=dict)

@@ -41,7 +41,7 @@ def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
         "schema": SCHEMA,
         "versions": versions(),
         "config": config.model_dump(mode="json"),
-        "target": result.plan.target,
+        "target": result.plan.target.name,
         "mean_bits": result.allocation.mean_bits,
         "layers": [_layer(result, layer) for layer in result.plan.layers],
         "skipped": dict(result.plan.skipped),

@@ -40,7 +40,7 @@ class Objective:
 
     ``weight`` and ``linear`` (``W D``) are ``[g, o, d]``, ``gram`` ``[g, d, d]``
     with the ridge on its diagonal, ``constant`` and ``scale_floor`` ``[g, o]``.
-    With ``shared_scale`` a scale belongs to output ``o`` of all groups.
+    Rows along ``shared_axes`` (0 groups, 1 outputs) have one scale.
     """
 
     weight: torch.Tensor
@@ -50,7 +50,7 @@ class Objective:
     scale_floor: torch.Tensor
     qmin: int
     qmax: int
-    shared_scale: bool
+    shared_axes: tuple[int, ...] = ()
 
     def loss(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Error power per output row, ``[g, o]``."""
@@ -71,7 +71,8 @@ class Objective:
 
     def pool(self, rows: torch.Tensor) -> torch.Tensor:
         """Sum ``[g, o]`` over the rows that share a scale."""
-        return rows.sum(0, keepdim=True).expand_as(rows) if self.shared_scale else rows
+        axes = self.shared_axes
+        return rows.sum(axes, keepdim=True).expand_as(rows) if axes else rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def objective(
     spec: QuantSpec,
     *,
     scale_floor: torch.Tensor,
-    shared_scale: bool,
+    shared_axes: tuple[int, ...] = (),
 ) -> Objective:
     """The objective of a layer with weight ``[g, o, d]`` from the moments of its input."""
     power = moments.gram.diagonal(dim1=1, dim2=2).mean(-1)
@@ -104,12 +105,16 @@ def objective(
         scale_floor=scale_floor,
         qmin=spec.qmin,
         qmax=spec.qmax,
-        shared_scale=shared_scale,
+        shared_axes=shared_axes,
     )
 
 
 def plain_objective(
-    weight: torch.Tensor, spec: QuantSpec, *, scale_floor: torch.Tensor, shared_scale: bool
+    weight: torch.Tensor,
+    spec: QuantSpec,
+    *,
+    scale_floor: torch.Tensor,
+    shared_axes: tuple[int, ...] = (),
 ) -> Objective:
     """Without calibration: the error of the weight itself."""
     groups, _, depth = weight.shape
@@ -121,7 +126,7 @@ def plain_objective(
         scale_floor=scale_floor,
         qmin=spec.qmin,
         qmax=spec.qmax,
-        shared_scale=shared_scale,
+        shared_axes=shared_axes,
     )
 
 
@@ -170,8 +175,8 @@ def search_scale(problem: Objective) -> torch.Tensor:
 def _widest_scale(problem: Objective) -> torch.Tensor:
     """The scale that just holds the largest weight; dead rows take the mean of the others."""
     peak = problem.weight.abs().amax(-1)
-    if problem.shared_scale:
-        peak = peak.amax(0, keepdim=True).expand_as(peak)
+    if problem.shared_axes:
+        peak = peak.amax(problem.shared_axes, keepdim=True).expand_as(peak)
     scale = peak / problem.qmax
     alive = scale > torch.finfo(torch.float32).tiny
     usual = scale[alive].mean() if bool(alive.any()) else torch.tensor(2.0**-12)

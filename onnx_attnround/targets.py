@@ -1,62 +1,231 @@
-"""Deployment targets as data: what a runtime wants of a QDQ file."""
+"""Deployment targets as data: what a runtime wants of a QDQ file.
+
+A target is a literal of ``TARGETS``, or a TOML file with the fields of
+``Target`` that starts from one of them: ``base = "ort"``, and what differs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from onnx_attnround.errors import ConfigError
 
-WeightStorage = Literal["packed", "int8", "int4"]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+WeightStorage = Literal["packed", "packed2", "int8", "int4"]
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "qnn"]
+Placement = Literal["regions", "inputs", "everything"]
+
+
+def _known(ops: frozenset[str]) -> frozenset[str]:
+    import onnx.defs  # takes a while: --help needs no check
+
+    known = {schema.name for schema in onnx.defs.get_all_schemas()}
+    if unknown := sorted(ops - known):
+        raise ValueError(f"ONNX has no op {', '.join(unknown)}")
+    return ops
+
+
+Ops = Annotated[frozenset[str], AfterValidator(_known)]
+ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """The rules of one runtime.
 
+    ``runtime`` says whose rules a finished file is checked against.
+
+    Activations are signed or not, symmetric or not, of one of
+    ``activation_bits``, and their range is at least ``least_range`` wide.
+    ``placement`` says which get Q/DQ: ``regions``, all that lies between
+    integer layers; ``inputs``, what layers read, and the shortcut of a residual
+    Add; ``everything``, each float tensor of the graph. ``quantised_outputs``
+    says whether graph outputs may have Q/DQ. The outputs of ``unit_range`` ops
+    have the full range of the op, whatever was observed.
+
     ``weighted`` are the ops with a constant weight that run in integer when
     their activations are quantised; ``arithmetic`` ops do if all their data
     inputs and their output are; ``movement`` ops pass codes through, so that
     input and output share scale and zero point; ``absorbed`` activations
-    vanish into the Q behind them. ``float_output`` ops need no Q on their
-    output. ``int32_bias`` says whether a bias is stored as int32 at sx*sw.
+    vanish into the Q behind them, and are left out of the file with
+    ``drop_absorbed``. ``float_output`` ops need no Q on their output.
+
+    Weights of ``per_tensor`` ops have one scale, others one per channel.
+    ``weight_storages`` are the forms that weights of up to 4 bits may have, the
+    usual one first. ``int32_bias`` says whether a bias is stored as int32 at
+    sx*sw. ``max_opset`` is the newest opset that the runtime reads.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     name: str
+    runtime: Runtime
     activation_signed: bool
     activation_symmetric: bool
-    weighted: frozenset[str]
-    arithmetic: frozenset[str]
-    movement: frozenset[str]
-    absorbed: frozenset[str]
-    float_output: frozenset[str]
+    activation_bits: frozenset[ActivationBits]
+    least_range: float = 0.0
+    placement: Placement
+    quantised_outputs: bool
+    unit_range: Ops = frozenset()
+    weighted: Ops
+    arithmetic: Ops
+    movement: Ops
+    absorbed: Ops
+    drop_absorbed: bool = False
+    float_output: Ops
+    per_tensor: Ops = frozenset()
+    weight_storages: Annotated[tuple[WeightStorage, ...], Field(min_length=1)]
     int32_bias: bool
-    weight_storage: WeightStorage
+    max_opset: int | None = None
 
+    @property
+    def weight_storage(self) -> WeightStorage:
+        """How weights of up to 4 bits are stored unless asked otherwise."""
+        return self.weight_storages[0]
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as JSON has them, in an order that is always the same."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: sorted(v) if isinstance(v, frozenset) else v for key, v in values.items()}
+
+
+_MATRIX = frozenset({"Conv", "Gemm", "MatMul"})
+_MOVEMENT = frozenset(
+    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather"}
+    | {"DepthToSpace", "MaxPool", "Pad", "Resize"}
+)
+
+_ORT = Target(
+    name="ort",
+    runtime="onnxruntime",
+    activation_signed=False,
+    activation_symmetric=False,
+    activation_bits=frozenset({2, 3, 4, 5, 6, 7, 8, 16}),
+    placement="regions",
+    quantised_outputs=True,
+    weighted=_MATRIX,
+    arithmetic=frozenset(
+        {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
+    ),
+    movement=_MOVEMENT,
+    absorbed=frozenset({"Relu", "Clip"}),
+    float_output=frozenset({"Gemm", "MatMul"}),
+    weight_storages=("packed", "packed2", "int8", "int4"),
+    int32_bias=True,
+)
+
+# ARM kernels multiply signed by signed; the zero point stays free, so that a Q absorbs a Relu.
+_ORT_ARM = replace(_ORT, name="ort-arm", activation_signed=True)
+
+_OPENVINO = replace(
+    _ORT,
+    name="openvino",
+    runtime="openvino",
+    activation_bits=frozenset({8}),
+    quantised_outputs=False,
+    float_output=_MATRIX,
+    weight_storages=("packed", "int8", "int4"),
+    int32_bias=False,
+)
+
+_TENSORRT = Target(
+    name="tensorrt",
+    runtime="tensorrt",
+    activation_signed=True,
+    activation_symmetric=True,
+    activation_bits=frozenset({8}),
+    placement="inputs",
+    quantised_outputs=False,
+    weighted=_MATRIX | {"ConvTranspose"},
+    arithmetic=frozenset(),
+    movement=frozenset(),
+    absorbed=frozenset({"Relu", "Clip"}),
+    float_output=_MATRIX | {"ConvTranspose"},
+    weight_storages=("int8",),
+    int32_bias=False,
+    max_opset=25,
+)
+
+_QNN = Target(
+    name="qnn",
+    runtime="qnn",
+    activation_signed=False,
+    activation_symmetric=False,
+    activation_bits=frozenset({8, 16}),
+    least_range=1e-4,
+    placement="everything",
+    quantised_outputs=True,
+    unit_range=frozenset({"Sigmoid", "Tanh"}),
+    weighted=_MATRIX | {"ConvTranspose"},
+    arithmetic=frozenset({"Add", "Sub", "Mul", "Div", "Concat", "PRelu"}),
+    movement=_MOVEMENT,
+    absorbed=frozenset({"Relu", "Clip"}),
+    drop_absorbed=True,
+    float_output=frozenset(),
+    per_tensor=frozenset({"Gemm", "MatMul"}),
+    weight_storages=("int8", "int4"),
+    int32_bias=True,
+    max_opset=21,
+)
 
 TARGETS: dict[str, Target] = {
-    "ort": Target(
-        name="ort",
-        activation_signed=False,
-        activation_symmetric=False,
-        weighted=frozenset({"Conv", "Gemm", "MatMul"}),
-        arithmetic=frozenset(
-            {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
-        ),
-        movement=frozenset(
-            {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather"}
-            | {"DepthToSpace", "MaxPool", "Pad", "Resize"}
-        ),
-        absorbed=frozenset({"Relu", "Clip"}),
-        float_output=frozenset({"Gemm", "MatMul"}),
-        int32_bias=True,
-        weight_storage="packed",
-    ),
+    target.name: target for target in (_ORT, _ORT_ARM, _TENSORRT, _OPENVINO, _QNN)
 }
 
 
-def get_target(name: str) -> Target:
-    """The target of that name; raises ``ConfigError`` with the valid names."""
-    if name not in TARGETS:
-        raise ConfigError(f"unknown target '{name}': expected one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+def get_target(choice: str | Target) -> Target:
+    """The target of that name, or in that TOML file; raises ``ConfigError``."""
+    if isinstance(choice, Target):
+        return choice
+    if choice.endswith(".toml"):
+        return _read(Path(choice))
+    if choice not in TARGETS:
+        raise ConfigError(
+            f"unknown target '{choice}': expected one of {', '.join(TARGETS)}, or a .toml file"
+        )
+    return TARGETS[choice]
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file; raises ``ConfigError`` that calls it ``what``."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {what} '{path}': {error}") from error
+
+
+def _read(path: Path) -> Target:
+    given = read_toml(path, "target")
+    base = given.pop("base", None)
+    if base is not None and base not in TARGETS:
+        known = ", ".join(TARGETS)
+        raise ConfigError(f"target '{path}': unknown base '{base}': expected one of {known}")
+    inherited = {} if base is None else TARGETS[base].plain()
+    return _validated({**inherited, "name": path.stem, **given}, path)
+
+
+def _validated(values: Mapping[str, Any], path: Path) -> Target:
+    try:
+        return TypeAdapter(Target).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            known = ", ".join(field.name for field in fields(Target))
+            message = f"unknown key '{key}': expected base or one of {known}"
+        elif first["type"] == "missing":
+            message = f"'{key}' is missing: give it, or a base among {', '.join(TARGETS)}"
+        else:
+            reason = first["msg"].removeprefix("Value error, ")
+            message = f"'{key}': {reason}, got {first['input']!r}"
+        raise ConfigError(f"target '{path}': {message}") from error

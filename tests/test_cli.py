@@ -20,6 +20,7 @@ from onnx_attnround.__main__ import main
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.preprocess import PREPROCESS
 from onnx_attnround.records import Event
+from onnx_attnround.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +47,7 @@ class FakeQuantize:
 
 def empty_result() -> pipeline.QuantizeResult:
     """A run without layers or figures."""
-    plan = pipeline.QuantPlan(target="ort", layers=(), activations={})
+    plan = pipeline.QuantPlan(target=TARGETS["ort"], layers=(), activations={})
     return pipeline.QuantizeResult(
         model=None,  # type: ignore[arg-type]
         plan=plan,

@@ -56,7 +56,7 @@ def test_unknown_option_lists_the_known_ones() -> None:
         ({"target": "tpu"}, "option 'target': ort, got 'tpu'"),
         ({"method": "magic"}, "option 'method': 'attention', 'adaround' or 'nearest', got"),
         ({"observer": "max"}, "option 'observer': 'minmax', 'percentile', 'entropy' or 'mse'"),
-        ({"weight_storage": "int2"}, "option 'weight_storage': 'packed', 'int8' or 'int4'"),
+        ({"weight_storage": "int2"}, "option 'weight_storage': 'packed', 'packed2', 'int8' or"),
         ({"samples": 0}, "option 'samples': got 0"),
         ({"batch_size": 0}, "option 'batch_size': got 0"),
         ({"seed": -1}, "option 'seed': got -1"),

@@ -15,8 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from modules of a lower level; within a folder, freely.
 _NAMES = (
-    "errors records",
-    "targets quantizer graph ops store stages progress",
+    "errors",
+    "targets",
+    "records",
+    "quantizer graph ops store stages progress",
     "config runtime simplify qdq moments shadow",
     "allocate preprocess plan rounding",
     "samples",

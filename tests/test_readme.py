@@ -16,9 +16,8 @@ from typer.main import get_command
 from onnx_attnround import QuantConfig
 from onnx_attnround.__main__ import app, main
 from onnx_attnround.calibrate import OBSERVERS
-from onnx_attnround.config import tomllib
 from onnx_attnround.preprocess import PREPROCESS, Preprocess
-from onnx_attnround.targets import TARGETS
+from onnx_attnround.targets import TARGETS, tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

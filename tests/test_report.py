@@ -20,6 +20,7 @@ from onnx_attnround.pipeline import QuantizeResult
 from onnx_attnround.progress import console_on
 from onnx_attnround.records import BitAllocation, LayerPlan, LayerRounding, QuantPlan, QuantSpec
 from onnx_attnround.report import console, plan_tables, report_dict, write_json
+from onnx_attnround.targets import TARGETS
 from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
 
 SPEC = QuantSpec(bits=4, signed=True, symmetric=True, axis=0)
@@ -46,7 +47,7 @@ def result() -> QuantizeResult:
     return QuantizeResult(
         model=build("net (float[N] x) => (float[N] y) { y = Abs(x) }"),
         plan=QuantPlan(
-            target="ort",
+            target=TARGETS["ort"],
             layers=(layer("/body/conv[0]", 1_234_567), layer("head", None)),
             activations={},
             skipped={"lstm": "op LSTM is not supported"},

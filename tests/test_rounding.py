@@ -80,7 +80,9 @@ def problem_of(
         signal=(x @ weight.double().mT).var(1, correction=0).float(),
     )
     floors = torch.full(weight.shape[:2], floor)
-    return Problem(objective(weight, moments, spec, scale_floor=floors, shared_scale=shared), x, v)
+    axes = (0,) if shared else ()
+    problem = objective(weight, moments, spec, scale_floor=floors, shared_axes=axes)
+    return Problem(problem, x, v)
 
 
 def spec_of(bits: int, *, narrow: bool = False) -> QuantSpec:
@@ -133,7 +135,7 @@ def assert_sound(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -
     assert int(codes.max()) <= problem.qmax
     assert bool(scale.isfinite().all())
     assert bool((scale[..., 0] >= problem.scale_floor).all())
-    if problem.shared_scale:
+    if problem.shared_axes:
         assert torch.equal(scale, scale[:1].expand_as(scale))
 
 
@@ -307,7 +309,7 @@ def test_weights_of_absurd_size_still_give_codes(method: str, factor: float) -> 
 def test_without_calibration_the_error_of_the_weight_counts(method: str) -> None:
     weight = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
     floor = torch.full((2, 3), TINY)
-    target = plain_objective(weight, spec_of(3), scale_floor=floor, shared_scale=False)
+    target = plain_objective(weight, spec_of(3), scale_floor=floor)
     solution = solve(target, method, steps=30, seed=0)
     error = (solution.codes * solution.scale - weight).square().sum(-1)
     torch.testing.assert_close(solution.loss, error)
@@ -318,7 +320,7 @@ def test_the_searched_scale_beats_the_widest() -> None:
     """With an outlier at 3 bits, clipping it is worth its cost."""
     weight = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
     floor = torch.full((1, 8), TINY)
-    target = plain_objective(weight, spec_of(3), scale_floor=floor, shared_scale=False)
+    target = plain_objective(weight, spec_of(3), scale_floor=floor)
     widest = weight.abs().amax(-1, keepdim=True) / target.qmax
     scale = search_scale(target)
     assert bool((scale < widest).any())
@@ -355,7 +357,6 @@ def first_codes(position: float, count: int, bits: int = 4) -> torch.Tensor:
         scale_floor=torch.full((1, 1), TINY),
         qmin=spec.qmin,
         qmax=spec.qmax,
-        shared_scale=False,
     )
     attention_codes(target, torch.ones(1, 1, 1), 1, torch.Generator().manual_seed(3))
     return seen[1]  # the first call rounds to nearest
