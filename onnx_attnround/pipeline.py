@@ -204,7 +204,7 @@ def _allocate(model: ir.Model, plan: QuantPlan, config: QuantConfig) -> BitAlloc
 def _calibrate(
     run: _Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
 ) -> Calibration:
-    if samples is None or not plan.activations:
+    if samples is None:
         return Calibration(stats={}, params={})
     return calibrate(
         model,

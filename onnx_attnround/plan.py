@@ -195,7 +195,10 @@ def _bias_refusal(node: ir.Node) -> str | None:
     if bias.const_value is None:
         return "its bias is not a constant"
     shape = tuple(bias.const_value.shape)
-    return None if all(d == 1 for d in shape[:-1]) else f"its bias of shape {shape} is not a row"
+    if not all(d == 1 for d in shape[:-1]):
+        return f"its bias of shape {shape} is not a row"
+    finite = np.isfinite(bias.const_value.numpy()).all()
+    return None if finite else f"bias '{bias.name}' holds NaN or Inf"
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from converted import Feeds, convert, layers
 from exported_models import NETWORKS, network
 
-BITS = {8: 20.0, 4: 4.0}  # and the SQNR in dB that random weights reach at least
+BITS = {8: 30.0, 4: 20.0}  # and the SQNR in dB that random weights reach at least
 
 LAYERS = {
     "classifier": {"Conv": 2, "Gemm": 1},

@@ -12,9 +12,11 @@ case that failed; exits with 1 if there is one.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import tempfile
 import threading
@@ -37,6 +39,8 @@ from onnx.backend.test.loader import load_model_tests
 
 Feeds = dict[str, Any]
 WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # op: first input with weights
+MOST_ELEMENTS = 1_000_000  # of a random input
+MEMORY = 12 << 30  # bytes of address space of a worker
 FAILURES = ("crashed", "too slow", "does not load", "changed an output")
 
 
@@ -185,7 +189,7 @@ def judge(case: Case) -> tuple[str, str]:
         source, target = Path(name) / "in.onnx", Path(name) / "out.onnx"
         source.write_bytes(case.model)
         try:
-            feeds = case.feeds or _random_feeds(source)
+            feeds = case.feeds or random_feeds(source)
             result = quantize(source, list(feeds), QuantConfig(threads=1, steps=5), output=target)
         except AttnRoundError as error:
             return "refused", str(error)
@@ -212,21 +216,20 @@ def _reads(node: Any) -> Iterator[Any]:
                 yield from inner.inputs
 
 
-def _random_feeds(source: Path) -> tuple[Feeds, ...]:
+def random_feeds(source: Path) -> tuple[Feeds, ...]:
+    """Two feeds of noise, integers 0 or 1; of absurd sizes ones."""
     from onnx_attnround.graph import input_specs, load
 
     rng = np.random.default_rng(0)
-    return tuple(
-        {
-            spec.name: np.asarray(
-                rng.normal(size=[size or 2 for size in spec.shape])
-                if spec.dtype.kind in "fV"
-                else rng.integers(0, 2, size=[size or 2 for size in spec.shape])
-            ).astype(spec.dtype)
-            for spec in input_specs(load(source))
-        }
-        for _ in range(2)
-    )
+
+    def noise(spec: Any) -> Any:
+        shape = [size or 2 for size in spec.shape]
+        shape = shape if math.prod(shape) <= MOST_ELEMENTS else [1 for _ in shape]
+        values = rng.normal(size=shape) if spec.dtype.kind == "f" else rng.integers(0, 2, shape)
+        return np.asarray(values).astype(spec.dtype)
+
+    specs = input_specs(load(source))
+    return tuple({spec.name: noise(spec) for spec in specs} for _ in range(2))
 
 
 def _compare(
@@ -273,6 +276,7 @@ def _difference(old: Any, new: Any) -> str:
 
 def _serve(connection: Connection) -> None:
     """Judge the cases that come down the line."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["ALLOW_RELEASED_ONNX_OPSET_ONLY"] = "0"  # cases are of the newest opset
     warnings.simplefilter("ignore")
     while True:
@@ -354,11 +358,11 @@ def reason(why: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"\d+", "n", text)).strip()[:110]
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[Outcome], forms: Sequence[str] = tuple(FORMS)) -> str:
     """Counts for each form, and the refusals by reason, as Markdown."""
     kinds = ("converted", "refused", *FAILURES)
     lines = ["| | tried | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 2) + "|"]
-    for form in (*FORMS, "all"):
+    for form in (*forms, "all"):
         mine = [one for one in outcomes if form in (one.case.form, "all")]
         count = Counter(one.kind for one in mine)
         lines.append(f"| {form} | {len(mine)} | " + " | ".join(str(count[k]) for k in kinds) + " |")

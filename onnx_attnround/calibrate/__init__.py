@@ -117,16 +117,14 @@ def _runs(
 def _run(
     session: ort.InferenceSession, names: list[str], feeds: Feeds
 ) -> Iterator[tuple[str, Array]]:
-    if not names:
-        return
     try:
-        values = session.run(names, feeds)
+        values = session.run(names or None, feeds)  # that the model takes the samples is certain
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
         raise CalibrationError(
             f"ONNX Runtime failed on the calibration samples: {first_line(error)}: "
             "check that they are what the model expects"
         ) from error
-    yield from zip(names, values, strict=True)
+    yield from zip(names, values, strict=False)  # without names, nothing
 
 
 def _affordable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -26,6 +27,8 @@ def load(path: Path) -> ir.Model:
                 _check_external(tensor, path)
         _check(proto, path)
         model = ir.from_proto(proto)
+        for tensor in _inline_tensors(model):
+            _check_size(tensor)
     except (onnx.checker.ValidationError, ir.serde.SerdeError, ValueError) as error:
         raise ModelError(
             f"'{path}' is not a valid ONNX model: {reason(error)}; export it again"
@@ -78,6 +81,29 @@ def _check(proto: onnx.ModelProto, path: Path) -> None:
     onnx.checker.check_model(proto)
     for tensor in shapeless:
         tensor.ClearField("shape")
+
+
+def _inline_tensors(model: ir.Model) -> Iterator[ir.TensorProtoTensor]:
+    """The constants that lie in the file itself."""
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    constants = [value.const_value for value in values]
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                constants.append(attribute.as_tensor())
+    yield from (tensor for tensor in constants if isinstance(tensor, ir.TensorProtoTensor))
+
+
+def _check_size(tensor: ir.TensorProtoTensor) -> None:
+    """Raise ``ValueError`` if there is more data than the shape says, which onnx lets pass."""
+    raw = tensor.raw
+    if isinstance(raw, onnx.TensorProto) and not raw.HasField("raw_data"):
+        tensor.numpy()  # says so itself
+    elif isinstance(raw, onnx.TensorProto) and len(raw.raw_data) != tensor.nbytes:
+        raise ValueError(
+            f"tensor '{tensor.name}' has {len(raw.raw_data)} bytes of data, expected "
+            f"{tensor.nbytes} for shape {list(tensor.shape)}"
+        )
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
