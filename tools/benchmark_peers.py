@@ -5,9 +5,9 @@
 
 Each peer runs in a virtual environment of its own, made once under ``--envs``. Every run is a
 process on one thread, as far as the peer lets itself be told; its cost is what it and its children
-used, imports included. Every layer has the stated bits, first and last included. Prints a Markdown
-table; the figures are kept in ``results.json`` under ``--work``, where a later run replaces the
-rows that it measures and leaves the others.
+used, imports included, and the peak that of the largest process. Every layer has the stated bits,
+first and last included. Prints a Markdown table; the figures are kept in ``results.json`` under
+``--work``, where a later run replaces the rows that it measures and leaves the others.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from peers.quality import compare, inspect, run_file
 from onnx_attnround.errors import AttnRoundError
 from onnx_attnround.graph import input_specs, load
 from onnx_attnround.preprocess import load_preprocess
+from onnx_attnround.report import versions as installed
 from onnx_attnround.samples import Samples, open_samples, read_labels
 
 SCRIPTS = Path(__file__).parent / "peers"
@@ -204,11 +205,14 @@ def _measure(job: dict[str, Any], python: Path, data: Data) -> dict[str, Any]:
         "peer": job["peer"],
         "method": told["method"],
     }
+    requirements = PEERS[job["peer"]].requirements
+    versions = requirements[-1] if requirements else str(installed())
     print(" ".join(row.values()), file=sys.stderr, flush=True)
     command = _our_command(told) if job["peer"] == "ours" else [
         str(python), str(SCRIPTS / f"run_{job['peer']}.py"), "job.json"
     ]  # fmt: skip
     cost, failure = _run(command, folder, job["timeout"])
+    row["versions"] = versions
     if failure:
         return {**row, "cannot": failure}
     result = _result(folder)
@@ -237,7 +241,7 @@ def _run(command: Sequence[str], folder: Path, timeout: int) -> tuple[dict[str, 
     cost = {
         "wall_s": time.perf_counter() - start,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1000,
+        "peak_mb": usage.ru_maxrss * 1024 / 1e6,  # of the largest process
     }
     if process.returncode == 0:
         return cost, ""
