@@ -146,6 +146,16 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
     bit_choices: Annotated[
         str | None, _setting("bit_choices", "Bits that --mean-bits chooses among.", panel=_BITS)
     ] = None,
+    allocator: Annotated[
+        str | None,
+        _setting(
+            "allocator",
+            "What --mean-bits goes by: coding-length of the weights, or gram, errors measured on "
+            "the calibration samples",
+            panel=_BITS,
+            choices=_choices("allocator"),
+        ),
+    ] = None,
     first_last_bits: Annotated[
         int | None,
         _setting("first_last_bits", "Bits of the first and the last layers.", panel=_BITS),

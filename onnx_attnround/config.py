@@ -37,6 +37,7 @@ class QuantConfig(BaseModel):
     act_bits: Literal[2, 3, 4, 5, 6, 7, 8, 16, 32] = 8
     mean_bits: Annotated[float, Field(ge=2, le=8)] | None = None
     bit_choices: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+    allocator: Literal["coding-length", "gram"] = "coding-length"
     first_last_bits: Bits = 8
     layer_bits: dict[str, Bits] = Field(default_factory=dict)
     method: Literal["attention", "adaround", "nearest"] = "attention"

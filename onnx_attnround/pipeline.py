@@ -13,14 +13,21 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
-from onnx_attnround.allocate import allocate
+from onnx_attnround.allocate import allocate, measures
 from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, GateError, ModelError
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.preprocess import Preprocess
-from onnx_attnround.records import Array, BitAllocation, Event, LayerRounding, QuantPlan
+from onnx_attnround.records import (
+    Array,
+    BitAllocation,
+    Event,
+    LayerErrors,
+    LayerRounding,
+    QuantPlan,
+)
 from onnx_attnround.runtime import custom_ops, open_session
 from onnx_attnround.samples import Samples, open_samples, read_labels
 from onnx_attnround.simplify import simplify
@@ -49,7 +56,7 @@ def make_plan(
     config = config or QuantConfig()
     simplified, _ = simplify(_load(model))
     plan = plan_model(simplified, config, quantise_activations=True)
-    return plan, _allocate(simplified, plan, config)
+    return plan, _allocate(simplified, plan, config, None)
 
 
 def quantize(
@@ -73,64 +80,35 @@ def quantize(
     gate raises ``GateError`` with the result as its ``result``, and leaves no file.
     """
     config = config or QuantConfig()
-    run = _Run(config, on_event)
-    source = None if isinstance(model, ir.Model) else Path(model)
-    target_path = None if output is None else Path(output)
-    if target_path is not None:
-        graph.check_output(target_path, source)
-    with run.stage("load"):
-        original = _load(model)
-        samples = _open_calibration(run, source, calibration, original, preprocess)
-        held_out, labels = _open_evaluation(evaluation, original, preprocess)
-        check_labels(labels, held_out, original)
-        judged_on = samples or held_out
-        _check_judgeable(config, judged_on)
-    with run.stage("simplify"):
-        simplified, changes = simplify(original)
-        run.notes += changes
-    with run.stage("plan"):
-        plan = plan_model(simplified, config, quantise_activations=samples is not None)
-        allocation = _allocate(simplified, plan, config)
-    with run.stage("calibrate"):
-        ranges = _calibrate(run, simplified, plan, samples)
-    with run.stage("round"):
-        roundings = _round(run, simplified, plan, ranges, allocation, samples)
-    with run.stage("write"):
-        storage = config.weight_storage or plan.target.weight_storage
-        quantised = qdq.insert(simplified, plan, ranges.params, roundings, storage)
-        _add_provenance(quantised, config, allocation)
-    verification = None
-    with run.stage("verify"):
-        if judged_on is None:
-            open_session(quantised, threads=config.threads)
-        else:
-            verification = verify(
-                _reference(run, original, simplified),
-                quantised,
-                judged_on,
-                labels=labels,
-                evaluation=held_out,
-                layers=plan.layers,
-                threads=config.threads,
-                on_event=on_event,
-            )
-    result = QuantizeResult(
-        model=quantised,
-        plan=plan,
-        allocation=allocation,
-        roundings=roundings,
-        verification=verification,
-        notes=tuple(run.notes),
-        seconds=run.seconds,
-    )
-    _check_gates(result, config)
-    if target_path is not None:
-        graph.save(quantised, target_path, source=source)
-    return result
+    run = Run(config, on_event)
+    if output is not None:
+        graph.check_output(Path(output), _path(model))
+    prepared = prepare(run, model, calibration, evaluation, preprocess)
+    return finish(run, prepared, output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What any bits of one model need; ``errors`` are those that the allocator asks for."""
+
+    source: Path | None
+    original: ir.Model
+    simplified: ir.Model
+    plan: QuantPlan
+    ranges: Calibration
+    errors: LayerErrors | None
+    samples: Samples | None
+    evaluation: Samples | None
+    labels: Array | None
+
+    @property
+    def judged_on(self) -> Samples | None:
+        """Samples that layers and speed are compared on."""
+        return self.samples or self.evaluation
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
     """What a run collects on its way."""
 
     config: QuantConfig
@@ -148,12 +126,79 @@ class _Run:
         self.seconds[name] = time.perf_counter() - start
 
 
+def prepare(
+    run: Run,
+    model: Path | str | ir.Model,
+    calibration: object,
+    evaluation: Path | str | None,
+    preprocess: Preprocess | None,
+) -> Prepared:
+    """All stages before the bits of the layers are chosen."""
+    source = _path(model)
+    with run.stage("load"):
+        original = _load(model)
+        samples = _open_calibration(run, source, calibration, original, preprocess)
+        held_out, labels = _open_evaluation(evaluation, original, preprocess)
+        check_labels(labels, held_out, original)
+        _check_judgeable(run.config, samples or held_out)
+        _check_measurable(run.config, samples)
+    with run.stage("simplify"):
+        simplified, changes = simplify(original)
+        run.notes += changes
+    with run.stage("plan"):
+        plan = plan_model(simplified, run.config, quantise_activations=samples is not None)
+    with run.stage("calibrate"):
+        ranges = _calibrate(run, simplified, plan, samples)
+    return Prepared(
+        source=source,
+        original=original,
+        simplified=simplified,
+        plan=plan,
+        ranges=ranges,
+        errors=_measure(run, simplified, plan, samples),
+        samples=samples,
+        evaluation=held_out,
+        labels=labels,
+    )
+
+
+def finish(run: Run, given: Prepared, output: Path | str | None) -> QuantizeResult:
+    """The bits of ``run.config``, and all stages behind them."""
+    config, plan = run.config, given.plan
+    allocation = _allocate(given.simplified, plan, config, given.errors)
+    with run.stage("round"):
+        roundings = _round(run, given, allocation)
+    with run.stage("write"):
+        storage = config.weight_storage or plan.target.weight_storage
+        quantised = qdq.insert(given.simplified, plan, given.ranges.params, roundings, storage)
+        _add_provenance(quantised, config, allocation)
+    with run.stage("verify"):
+        verification = _verify(run, given, quantised)
+    result = QuantizeResult(
+        model=quantised,
+        plan=plan,
+        allocation=allocation,
+        roundings=roundings,
+        verification=verification,
+        notes=tuple(run.notes),
+        seconds=run.seconds,
+    )
+    _check_gates(result, config)
+    if output is not None:
+        graph.save(quantised, Path(output), source=given.source)
+    return result
+
+
+def _path(model: Path | str | ir.Model) -> Path | None:
+    return None if isinstance(model, ir.Model) else Path(model)
+
+
 def _load(model: Path | str | ir.Model) -> ir.Model:
     return model if isinstance(model, ir.Model) else graph.load(Path(model))
 
 
 def _open_calibration(
-    run: _Run,
+    run: Run,
     source: Path | None,
     calibration: object,
     model: ir.Model,
@@ -193,16 +238,18 @@ def _labels(path: Path) -> Array | None:
         return read_labels(path) if "labels" in archive.files else None
 
 
-def _allocate(model: ir.Model, plan: QuantPlan, config: QuantConfig) -> BitAllocation:
+def _allocate(
+    model: ir.Model, plan: QuantPlan, config: QuantConfig, errors: LayerErrors | None
+) -> BitAllocation:
     matrices = {
         layer.node: weight_matrix(layer, graph.tensor_value(model, layer.weight))
         for layer in plan.layers
     }
-    return allocate(plan.layers, matrices, config)
+    return allocate(plan.layers, matrices, config, errors)
 
 
 def _calibrate(
-    run: _Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
+    run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
 ) -> Calibration:
     if samples is None:
         return Calibration(stats={}, params={})
@@ -218,24 +265,47 @@ def _calibrate(
     )
 
 
-def _round(
-    run: _Run,
-    model: ir.Model,
-    plan: QuantPlan,
-    ranges: Calibration,
-    allocation: BitAllocation,
-    samples: Samples | None,
-) -> dict[str, LayerRounding]:
+def _measure(
+    run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
+) -> LayerErrors | None:
+    """The errors of the layers by their bits, if the allocator asks for them."""
+    if samples is None or not measures(run.config):
+        return None
+    from onnx_attnround.sensitivity import layer_errors  # with torch: takes a second
+
+    with run.stage("measure"):
+        return layer_errors(model, plan, samples, run.config, run.on_event)
+
+
+def _round(run: Run, given: Prepared, allocation: BitAllocation) -> dict[str, LayerRounding]:
     from onnx_attnround.reconstruct import round_layers, round_plain  # with torch: takes a second
 
-    if samples is None:
-        return round_plain(model, plan, ranges.params, allocation)
+    model, plan, params = given.simplified, given.plan, given.ranges.params
+    if given.samples is None:
+        return round_plain(model, plan, params, allocation)
     return round_layers(
-        model, plan, ranges.params, allocation, samples, run.config, run.on_event
+        model, plan, params, allocation, given.samples, run.config, run.on_event
     )
 
 
-def _reference(run: _Run, original: ir.Model, simplified: ir.Model) -> ir.Model:
+def _verify(run: Run, given: Prepared, quantised: ir.Model) -> Verification | None:
+    """The comparison with the float model; without samples, only whether the model loads."""
+    if given.judged_on is None:
+        open_session(quantised, threads=run.config.threads)
+        return None
+    return verify(
+        _reference(run, given.original, given.simplified),
+        quantised,
+        given.judged_on,
+        labels=given.labels,
+        evaluation=given.evaluation,
+        layers=given.plan.layers,
+        threads=run.config.threads,
+        on_event=run.on_event,
+    )
+
+
+def _reference(run: Run, original: ir.Model, simplified: ir.Model) -> ir.Model:
     """The float model to compare with: the original, if ONNX Runtime has all its kernels."""
     try:
         open_session(original, threads=run.config.threads)
@@ -263,6 +333,14 @@ def _check_judgeable(config: QuantConfig, samples: Samples | None) -> None:
     if samples is None and (config.min_sqnr is not None or config.max_drop is not None):
         raise CalibrationError(
             "a gate is set, but there are no samples to judge it on: give --calib or --eval"
+        )
+
+
+def _check_measurable(config: QuantConfig, samples: Samples | None) -> None:
+    if samples is None and measures(config):
+        raise CalibrationError(
+            f"allocator '{config.allocator}' measures the layers, but there are no calibration "
+            "samples: give --calib, or choose --allocator coding-length"
         )
 
 

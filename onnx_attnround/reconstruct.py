@@ -34,7 +34,7 @@ SINGLE_THREAD_BELOW = 1 << 18  # weights; threads cost more than they give on sm
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """One layer as the methods see it: weight ``[g, o, d]``, bias ``[g, o]`` or ``None``."""
 
     plan: LayerPlan
@@ -83,7 +83,7 @@ def round_plain(
         problem = plain_objective(
             layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_axes=layer.shared_axes
         )
-        with _torch_threads(layer, None):
+        with torch_threads(layer, None):
             solution = solve(problem, "nearest", steps=0, seed=0)
         power = max(float(layer.weight.square().sum()), 1e-30)
         roundings[layer.plan.node] = layer.rounding(solution, layer.bias, power)
@@ -118,7 +118,7 @@ def round_layers(
         )
         for index, layer in enumerate(layers):
             walk.advance(index)
-            with _torch_threads(layer, config.threads):
+            with torch_threads(layer, config.threads):
                 moments = collect(
                     layer.plan,
                     layer.weight,
@@ -128,7 +128,7 @@ def round_layers(
                     centred=layer.bias is not None,
                 )
                 if moments.finite:  # else what round_plain made of the layer stays
-                    roundings[layer.plan.node] = _round(layer, moments, config, index)
+                    roundings[layer.plan.node] = round_layer(layer, moments, config, index)
             rounding = roundings[layer.plan.node]
             qdq.update_layer(quantised, layer.plan, rounding, params, plan)
             on_event(_event(layer, rounding, index + 1, len(layers)))
@@ -136,7 +136,7 @@ def round_layers(
 
 
 @contextmanager
-def _torch_threads(layer: _Layer, limit: int | None) -> Iterator[None]:
+def torch_threads(layer: Layer, limit: int | None) -> Iterator[None]:
     """One thread for a small layer, else all that torch or ``limit`` allows."""
     usual = torch.get_num_threads()
     small = layer.weight.numel() < SINGLE_THREAD_BELOW
@@ -147,7 +147,8 @@ def _torch_threads(layer: _Layer, limit: int | None) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-def _round(layer: _Layer, moments: Moments, config: QuantConfig, index: int) -> LayerRounding:
+def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int) -> LayerRounding:
+    """Round one layer by the method of ``config``; its bias takes up the mean error."""
     problem = objective(
         layer.weight,
         moments,
@@ -164,7 +165,7 @@ def _round(layer: _Layer, moments: Moments, config: QuantConfig, index: int) -> 
     return layer.rounding(solution, bias, max(float(moments.signal.sum()), 1e-30))
 
 
-def _event(layer: _Layer, rounding: LayerRounding, done: int, total: int) -> Event:
+def _event(layer: Layer, rounding: LayerRounding, done: int, total: int) -> Event:
     nearest, final = (
         f"{10 * np.log10(max(mse, 1e-30)):.1f} dB"
         for mse in (rounding.mse_nearest, rounding.mse_final)
@@ -178,19 +179,20 @@ def _prepare(
     plan: QuantPlan,
     params: Mapping[str, QuantParams],
     allocation: BitAllocation,
-) -> list[_Layer]:
-    return [_layer(model, layer, params, allocation.bits[layer.node]) for layer in plan.layers]
+) -> list[Layer]:
+    return [open_layer(model, layer, params, allocation.bits[layer.node]) for layer in plan.layers]
 
 
-def _layer(
+def open_layer(
     model: ir.Model, plan: LayerPlan, params: Mapping[str, QuantParams], bits: int
-) -> _Layer:
+) -> Layer:
+    """The layer with its weight and bias from ``model``, to be rounded to ``bits``."""
     weight = torch.from_numpy(weight_matrix(plan, _constant(model, plan.weight)).copy())
     bias = _bias(model, plan, weight)
     floor = torch.full(weight.shape[:2], torch.finfo(torch.float32).tiny)
     if bias is not None and plan.x in params:
         floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
-    layer = _Layer(plan, replace(plan.weight_spec, bits=bits), weight, bias, floor)
+    layer = Layer(plan, replace(plan.weight_spec, bits=bits), weight, bias, floor)
     if layer.shared_axes:
         floor = floor.amax(layer.shared_axes, keepdim=True).expand_as(floor)
     return replace(layer, scale_floor=floor)

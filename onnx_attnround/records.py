@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from onnx_attnround.targets import Target
 
 Array = NDArray[Any]
+LayerErrors = Mapping[str, Mapping[int, float]]
+"""Error of the model's outputs by node name and bits, with that layer alone quantised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

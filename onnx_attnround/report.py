@@ -95,12 +95,19 @@ def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
     weights = sum(layer.parameters for layer in plan.layers)
     summary = (
         f"layers: {len(plan.layers)}, weights: {weights:,}, mean bits (first and last left out): "
-        f"{allocation.mean_bits:.2f}, nodes left in float: {len(plan.skipped)}"
+        f"{_mean_bits(plan, allocation)}, nodes left in float: {len(plan.skipped)}"
     )
     skipped = _table("stays in float", "because")
     for node, reason in plan.skipped.items():
         skipped.add_row(node, reason)
     return Group(layers, *([skipped] if plan.skipped else []), summary)
+
+
+def _mean_bits(plan: QuantPlan, allocation: BitAllocation) -> str:
+    """The mean, or why there is none."""
+    if len(allocation.bits) < len(plan.layers):
+        return "known after a run, which measures the layers"
+    return "none" if math.isnan(allocation.mean_bits) else f"{allocation.mean_bits:.2f}"
 
 
 def _version(distribution: str) -> str:

@@ -25,13 +25,13 @@ class Walk:
     """The two streams. Call ``advance(k)``, read ``inputs(k)``, quantise layer ``k``, and so on.
 
     ``quantised`` may be updated in place between the calls: stage ``k`` is
-    extracted when it is reached.
+    extracted when it is reached. Without it, the float stream stands for both.
     """
 
     def __init__(
         self,
         model: ir.Model,
-        quantised: ir.Model,
+        quantised: ir.Model | None,
         layers: Sequence[LayerPlan],
         samples: Samples,
         *,
@@ -40,13 +40,12 @@ class Walk:
         threads: int | None,
     ) -> None:
         names = [layer.node for layer in layers]
-        codes = _added_codes(quantised, model)
         self._samples = samples
         self._batch_size = batch_size
-        self._streams = (
-            _Stream("float", model, cut(model, names), store, threads),
-            _Stream("quantised", quantised, cut(quantised, names, codes), store, threads),
-        )
+        self._streams = [_Stream("float", model, cut(model, names), store, threads)]
+        if quantised is not None:
+            stages = cut(quantised, names, _added_codes(quantised, model))
+            self._streams.append(_Stream("quantised", quantised, stages, store, threads))
         self._batches = 0
 
     def advance(self, index: int) -> None:
@@ -70,7 +69,7 @@ class Walk:
 
         The latter are codes where the tensor is quantised.
         """
-        plain, quantised = self._streams
+        plain, quantised = self._streams[0], self._streams[-1]
         for batch in range(self._batches):
             yield plain.layer_input(index, batch), quantised.layer_input(index, batch)
 

@@ -1,15 +1,26 @@
-"""Coding lengths against their formula, and bits that keep to a budget."""
+"""Coding lengths against their formula, and bits that keep to a budget, by any allocator."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from onnx_attnround.allocate import DISTORTION, allocate, coding_length, under_budget
+from onnx_attnround.allocate import (
+    ALLOCATORS,
+    DISTORTION,
+    MEASURING,
+    allocate,
+    coding_length,
+    least_error,
+    measures,
+    under_budget,
+)
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.records import Array, BitAllocation, LayerPlan, QuantSpec
@@ -131,6 +142,79 @@ def test_rates_decide() -> None:
     assert under_budget([3.0, 1.0], [10, 10], (4, 8), 8) == [8, 8]
 
 
+# --- the least error under a budget -----------------------------------------------------
+
+Errors = list[dict[int, float]]
+
+
+@st.composite
+def priced(draw: st.DrawFn) -> tuple[Errors, list[int], tuple[int, ...], float]:
+    """Layers whose errors may do anything between the widths."""
+    _, sizes, choices, mean = draw(budgets())
+    errors = [{choice: draw(st.floats(0, 10)) for choice in choices} for _ in sizes]
+    return errors, sizes, choices, mean
+
+
+def total(errors: Errors, bits: list[int]) -> float:
+    return math.fsum(of_layer[width] for of_layer, width in zip(errors, bits, strict=True))
+
+
+@given(priced())
+def test_least_error_keeps_to_budget_and_choices(
+    case: tuple[Errors, list[int], tuple[int, ...], float],
+) -> None:
+    errors, sizes, choices, mean = case
+    bits = least_error(*case)
+    assert set(bits) <= set(choices)
+    assert spent(bits, sizes) <= mean * sum(sizes)
+    assert total(errors, bits) <= total(errors, [choices[0]] * len(sizes))
+    assert bits == least_error(*case)
+
+
+@given(priced(), st.floats(0, 2))
+def test_a_larger_budget_never_ends_with_more_error(
+    case: tuple[Errors, list[int], tuple[int, ...], float], more: float
+) -> None:
+    errors, sizes, choices, mean = case
+    small, large = (least_error(errors, sizes, choices, b) for b in (mean, mean + more))
+    assert spent(small, sizes) <= spent(large, sizes)
+    assert total(errors, large) <= total(errors, small) + 1e-9
+
+
+@given(priced())
+def test_no_other_bits_of_the_same_size_have_less_error(
+    case: tuple[Errors, list[int], tuple[int, ...], float],
+) -> None:
+    """Of all assignments, where they are few enough: what the steps spend, they spend best.
+
+    Bits along convex hulls are optimal for their own size up to the first step
+    that does not fit; from there on the budget is filled.
+    """
+    errors, sizes, choices, mean = case
+    if len(choices) ** len(sizes) > 2000:
+        return
+    bits = least_error(*case)
+    every = itertools.product(choices, repeat=len(sizes))
+    within = [list(b) for b in every if spent(list(b), sizes) <= mean * sum(sizes)]
+    least = min(total(errors, candidate) for candidate in within)
+    dearest = max(
+        (of_layer[low] - of_layer[high] for of_layer in errors
+         for low in choices for high in choices if low < high), default=0.0
+    )  # fmt: skip
+    assert total(errors, bits) <= least + max(dearest, 0.0) + 1e-9
+
+
+def test_errors_decide_by_what_a_bit_of_size_saves() -> None:
+    halves = {2: 16.0, 3: 4.0, 4: 1.0, 5: 0.25, 6: 0.0625, 8: 0.004}
+    tenfold = {bits: 10 * error for bits, error in halves.items()}
+    assert least_error([halves, halves], [10, 10], CHOICES, 4) == [4, 4]
+    assert least_error([tenfold, halves], [10, 10], CHOICES, 4) == [5, 3]
+    assert least_error([halves, halves], [10, 160], CHOICES, 4) == [8, 3]
+    assert least_error([halves, {**halves, 3: 15.9}], [10, 10], CHOICES, 3) == [4, 2]
+    assert least_error([halves, {**halves, 3: 15.9}], [10, 10], CHOICES, 3.5) == [3, 4]
+    assert least_error([{2: 0.0, 8: 0.0}, {2: 1.0, 8: 0.0}], [10, 10], (2, 8), 5) == [2, 8]
+
+
 # --- the allocation of a model ----------------------------------------------------------
 
 
@@ -229,3 +313,58 @@ def test_a_budget_below_the_narrowest_choice_is_refused() -> None:
         allocation(mean_bits=3.5, bit_choices=[4, 8])
     assert caught.value.exit_code == 2
     assert allocation(mean_bits=4, bit_choices=[4, 8]).mean_bits == 4.0
+
+
+# --- any allocator ----------------------------------------------------------------------
+
+COSTS = {
+    "first": dict.fromkeys(range(2, 9), 1.0),
+    "block.0/rich": {bits: 4.0**-bits for bits in range(2, 9)},
+    "block.1/poor": {bits: 9 * 4.0**-bits for bits in range(2, 9)},
+    "last": dict.fromkeys(range(2, 9), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+@given(st.floats(2, 8), st.floats(0, 3), st.sets(st.integers(3, 8)))
+def test_an_allocator_keeps_budget_choices_and_pins(
+    name: str, mean: float, more: float, wider: set[int]
+) -> None:
+    choices = [2, *sorted(wider)]
+    small, large = (
+        allocate(
+            LAYERS,
+            MATRICES,
+            QuantConfig(allocator=name, mean_bits=min(b, 8), bit_choices=choices),
+            COSTS,
+        )
+        for b in (mean, mean + more)
+    )
+    assert list(small.bits) == [one.node for one in LAYERS]
+    assert small.bits["first"] == small.bits["last"] == 8
+    assert {small.bits[one] for one in ("block.0/rich", "block.1/poor")} <= set(choices)
+    assert small.mean_bits <= mean
+    assert small.mean_bits <= large.mean_bits
+
+
+def test_config_and_allocators_agree() -> None:
+    key = QuantConfig.model_fields["allocator"]
+    assert get_args(key.annotation) == tuple(ALLOCATORS)
+    assert set(ALLOCATORS) > MEASURING
+
+
+def test_measured_errors_decide_for_gram() -> None:
+    """The poor layer costs more there, and has the shorter coding length."""
+    bits = allocate(LAYERS, MATRICES, QuantConfig(mean_bits=4, allocator="gram"), COSTS).bits
+    assert bits == {"first": 8, "block.0/rich": 3, "block.1/poor": 5, "last": 8}
+    other = allocation(mean_bits=4.5).bits
+    assert other["block.0/rich"] > other["block.1/poor"]
+
+
+def test_bits_that_only_a_run_can_tell_are_left_out() -> None:
+    result = allocation(mean_bits=4, allocator="gram", layer_bits={"*rich": 6})
+    assert result.bits == {"first": 8, "block.0/rich": 6, "last": 8}
+    assert math.isnan(result.mean_bits)
+    assert allocation(weight_bits=4, allocator="gram").mean_bits == 4.0
+    assert not measures(QuantConfig(allocator="gram"))
+    assert not measures(QuantConfig(mean_bits=4))

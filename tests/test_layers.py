@@ -25,12 +25,13 @@ _NAMES = (
     "calibrate walk verify",
     "blocks",
     "reconstruct",
+    "sensitivity",
     "pipeline",
     "report __init__",
     "__main__",
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
-TORCH = {"shadow", "moments", "rounding", "blocks", "reconstruct"}
+TORCH = {"shadow", "moments", "rounding", "blocks", "reconstruct", "sensitivity"}
 MAX_FILE, MAX_FUNCTION = 500, 60
 LONG_FUNCTIONS = {("__main__", "command")}  # one argument for each option of the command line
 

@@ -171,6 +171,20 @@ def test_bits_under_a_budget() -> None:
     assert sqnr(result) > sqnr(result_of(weight_bits=3))
 
 
+def test_bits_by_measured_errors() -> None:
+    result = result_of(mean_bits=3.5, allocator="gram")
+    assert 3.0 < result.allocation.mean_bits <= 3.5
+    assert len(set(result.allocation.bits.values())) > 2
+    assert sqnr(result) > sqnr(result_of(weight_bits=3))
+    assert list(result.seconds) == [*STAGES[:4], "measure", *STAGES[4:]]
+    assert list(result_of(weight_bits=3, allocator="gram").seconds) == STAGES
+
+
+def test_a_dry_run_leaves_out_bits_that_only_a_run_can_tell() -> None:
+    plan, allocation = make_plan(RESNET, config(mean_bits=3.5, allocator="gram"))
+    assert allocation.bits == {layer.node: 8 for layer in plan.layers if layer.first_or_last}
+
+
 def test_layer_bits_by_pattern() -> None:
     result = quantize(
         RESNET, samples(), config(weight_bits=4, layer_bits={"/4/*": 3}, first_last_bits=6)
@@ -332,6 +346,11 @@ def test_what_is_wrong_is_found_before_any_slow_work(tmp_path: Path) -> None:
         (OutputError, "is a folder", {"output": tmp_path}),
         (ModelError, "nothing.onnx", {"model": tmp_path / "nothing.onnx"}),
         (CalibrationError, "gate is set", {"calibration": None, "config": config(min_sqnr=9)}),
+        (
+            CalibrationError,
+            "allocator 'gram' measures",
+            {"calibration": None, "config": config(mean_bits=4, allocator="gram")},
+        ),
         (CalibrationError, "expected", {"calibration": samples()[..., :5]}),
         (CalibrationError, "nowhere", {"calibration": tmp_path / "nowhere.npz"}),
         (CalibrationError, "nowhere", {"evaluation": tmp_path / "nowhere.npz"}),

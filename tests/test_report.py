@@ -223,3 +223,9 @@ def test_the_plan_names_what_is_quantised_and_what_is_not(result: QuantizeResult
     summary = printed.splitlines()[-1]
     assert summary.startswith("layers: 2, weights: 1,200, mean bits")
     assert summary.endswith(": 4.00, nodes left in float: 1")
+    unknown = replace(result.allocation, bits={"head": 8}, mean_bits=math.nan)
+    printed = text(plan_tables(result.plan, unknown))
+    assert row(printed, "/body/conv[0]")[-1] == "-"
+    assert "): known after a run, which measures the layers, nodes" in printed
+    pinned = replace(result.allocation, mean_bits=math.nan)
+    assert "): none, nodes" in text(plan_tables(result.plan, pinned))
