@@ -6,6 +6,7 @@ What is slow to import is imported when it is needed, so that ``--help`` is quic
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -164,6 +165,16 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         str | None,
         _setting("method", "How weights are rounded", panel=_HOW, choices=_choices("method")),
     ] = None,
+    reconstruct: Annotated[
+        str | None,
+        _setting(
+            "reconstruct",
+            "What is matched to the float model: each layer, or then each block too, with "
+            "low-bit activations in the loop; it takes some four times as long",
+            panel=_HOW,
+            choices=_choices("reconstruct"),
+        ),
+    ] = None,
     observer: Annotated[
         str | None,
         _setting(
@@ -272,6 +283,8 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on ``arguments`` (default: the process's); returns the exit code."""
+    # Threads of torch that spin while they wait cost a machine with other work twentyfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(arguments, prog_name="onnx-attnround", standalone_mode=False)
     except Exception as error:

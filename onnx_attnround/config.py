@@ -41,6 +41,7 @@ class QuantConfig(BaseModel):
     first_last_bits: Bits = 8
     layer_bits: dict[str, Bits] = Field(default_factory=dict)
     method: Literal["attention", "adaround", "nearest"] = "attention"
+    reconstruct: Literal["layer", "block"] = "layer"
     observer: Literal["minmax", "percentile", "entropy", "mse"] = "mse"
     samples: Annotated[int, Field(ge=1)] = 1024
     batch_size: Annotated[int, Field(ge=1)] = 32

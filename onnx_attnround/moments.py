@@ -13,7 +13,8 @@ implied, and is ``b + W E[x] - Q E[v]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from onnx_attnround.records import Array, LayerPlan, QuantParams
 GOLDEN = 0.6180339887498949
 POSITIONS_PER_INPUT = 32  # patches sampled, per entry of a patch ...
 MIN_POSITIONS = 16384  # ... and at least
+MANY_INPUTS = 1024  # from here on products take so long that bfloat16 pays
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ def collect(
         rows_x, rows_v = _rows(layer, x, v, params, seen, count, weight.shape[-1])
         seen += x.shape[0]
         total += rows_v.shape[1]
-        parts = _sums(weight, rows_x, rows_v)
+        parts = _sums(weight, rows_x, rows_v, params)
         sums = parts if sums is None else [a.add_(b) for a, b in zip(sums, parts, strict=True)]
     if sums is None:
         raise ValueError("no batches")
@@ -86,13 +88,13 @@ def _rows(
     count: int,
     depth: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled patches of both streams, ``[g, n, d]``."""
+    """Sampled patches of both streams, ``[g, n, d]``; ``v`` in steps of its scale, from zero."""
     zero = 0.0 if params is None else float(params.zero_point)
     grid_x, grid_v = (input_grid(layer, _tensor(values)) for values in (x, v))
     index = _positions(len(grid_x.x), grid_x.count, seen, count, depth)
     rows_x, rows_v = grid_x.rows(index), grid_v.rows(index, zero).float()
     if params is not None:
-        rows_v.sub_(zero).mul_(float(params.scale))
+        rows_v.sub_(zero)
     return rows_x.transpose(0, 1).contiguous(), rows_v.transpose(0, 1).contiguous()
 
 
@@ -114,19 +116,45 @@ def _positions(samples: int, positions: int, seen: int, count: int, depth: int) 
     return torch.from_numpy(chosen.reshape(samples, per_sample))
 
 
-def _sums(weight: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    e = x - v
+def _sums(
+    weight: torch.Tensor, x: torch.Tensor, v: torch.Tensor, params: QuantParams | None
+) -> list[torch.Tensor]:
+    scale = 1.0 if params is None else float(params.scale)
+    e = torch.sub(x, v, alpha=scale)
     out_x, out_e = (rows @ weight.transpose(1, 2) for rows in (x, e))
+    codes = params is not None and params.spec.bits <= 8
+    with _short_products(codes and weight.shape[-1] >= MANY_INPUTS):
+        gram, cross = _product(v, v), _product(e, v)
     return [
-        v.transpose(1, 2) @ v,
-        e.transpose(1, 2) @ v,
-        v.sum(1),
+        gram.mul_(scale * scale),
+        cross.mul_(scale),
+        v.sum(1).mul_(scale),
         e.sum(1),
         out_e.square().sum(1),
         out_x.square().sum(1),
         out_e.sum(1),
         out_x.sum(1),
     ]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a' b`` for each group, ``[g, d, d]``; torch is slower on a batch of one."""
+    return (a[0].T @ b[0])[None] if len(a) == 1 else a.transpose(1, 2) @ b
+
+
+@contextmanager
+def _short_products(allowed: bool) -> Iterator[None]:
+    """Where ``allowed``, multiply in bfloat16 and add in float32, if the hardware is faster so.
+
+    Exact for products of two 8-bit codes, which bfloat16 holds; of a product with
+    ``e`` each term is within 2^-9 of its value, at random.
+    """
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if allowed else usual)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 def _finish(means: list[torch.Tensor], *, centred: bool) -> Moments:

@@ -17,15 +17,18 @@ from onnx_attnround.allocate import allocate, measures
 from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, GateError, ModelError
+from onnx_attnround.narrow import part_inputs
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.preprocess import Preprocess
 from onnx_attnround.records import (
     Array,
     BitAllocation,
+    BlockRounding,
     Event,
     LayerErrors,
     LayerRounding,
+    QuantParams,
     QuantPlan,
 )
 from onnx_attnround.runtime import custom_ops, open_session
@@ -38,12 +41,16 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeResult:
-    """What a run made and measured; ``roundings`` are keyed by node name."""
+    """What a run made and measured.
+
+    ``roundings`` are keyed by node name; ``blocks`` is empty without block reconstruction.
+    """
 
     model: ir.Model
     plan: QuantPlan
     allocation: BitAllocation
     roundings: Mapping[str, LayerRounding]
+    blocks: tuple[BlockRounding, ...]
     verification: Verification | None
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
@@ -55,7 +62,7 @@ def make_plan(
     """What :func:`quantize` would quantise, and with how many bits; runs nothing."""
     config = config or QuantConfig()
     simplified, _ = simplify(_load(model))
-    plan = plan_model(simplified, config, quantise_activations=True)
+    simplified, plan = _plan(simplified, config, quantise_activations=True)
     return plan, _allocate(simplified, plan, config, None)
 
 
@@ -146,7 +153,7 @@ def prepare(
         simplified, changes = simplify(original)
         run.notes += changes
     with run.stage("plan"):
-        plan = plan_model(simplified, run.config, quantise_activations=samples is not None)
+        simplified, plan = _plan(simplified, run.config, quantise_activations=samples is not None)
     with run.stage("calibrate"):
         ranges = _calibrate(run, simplified, plan, samples)
     return Prepared(
@@ -168,9 +175,10 @@ def finish(run: Run, given: Prepared, output: Path | str | None) -> QuantizeResu
     allocation = _allocate(given.simplified, plan, config, given.errors)
     with run.stage("round"):
         roundings = _round(run, given, allocation)
+    roundings, params, blocks = _refine(run, given, roundings)
     with run.stage("write"):
         storage = config.weight_storage or plan.target.weight_storage
-        quantised = qdq.insert(given.simplified, plan, given.ranges.params, roundings, storage)
+        quantised = qdq.insert(given.simplified, plan, params, roundings, storage)
         _add_provenance(quantised, config, allocation)
     with run.stage("verify"):
         verification = _verify(run, given, quantised)
@@ -179,6 +187,7 @@ def finish(run: Run, given: Prepared, output: Path | str | None) -> QuantizeResu
         plan=plan,
         allocation=allocation,
         roundings=roundings,
+        blocks=blocks,
         verification=verification,
         notes=tuple(run.notes),
         seconds=run.seconds,
@@ -238,6 +247,17 @@ def _labels(path: Path) -> Array | None:
         return read_labels(path) if "labels" in archive.files else None
 
 
+def _plan(
+    model: ir.Model, config: QuantConfig, *, quantise_activations: bool
+) -> tuple[ir.Model, QuantPlan]:
+    """The plan, and the model that it is for, whose layers may read tensors of their own."""
+    plan = plan_model(model, config, quantise_activations=quantise_activations)
+    parted = part_inputs(model, plan, config) if quantise_activations else model
+    if parted is not model:
+        plan = plan_model(parted, config, quantise_activations=True)
+    return parted, plan
+
+
 def _allocate(
     model: ir.Model, plan: QuantPlan, config: QuantConfig, errors: LayerErrors | None
 ) -> BitAllocation:
@@ -286,6 +306,26 @@ def _round(run: Run, given: Prepared, allocation: BitAllocation) -> dict[str, La
     return round_layers(
         model, plan, params, allocation, given.samples, run.config, run.on_event
     )
+
+
+def _refine(
+    run: Run, given: Prepared, roundings: dict[str, LayerRounding]
+) -> tuple[dict[str, LayerRounding], Mapping[str, QuantParams], tuple[BlockRounding, ...]]:
+    """Roundings, activation parameters and records of the blocks, refined where that is asked."""
+    params = given.ranges.params
+    if given.samples is None or run.config.reconstruct == "layer":
+        return roundings, params, ()
+    from onnx_attnround.refine import refine_blocks
+
+    model, plan, samples = given.simplified, given.plan, given.samples
+    with run.stage("refine"):
+        refined = refine_blocks(model, plan, params, roundings, samples, run.config, run.on_event)
+    run.notes += [
+        f"block {block.nodes[0]} … {block.nodes[-1]}: {block.summary}"
+        for block in refined.blocks
+        if block.skipped
+    ]
+    return refined.roundings, refined.params, tuple(refined.blocks)
 
 
 def _verify(run: Run, given: Prepared, quantised: ir.Model) -> Verification | None:

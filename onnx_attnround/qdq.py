@@ -71,6 +71,14 @@ def update_layer(
         value.const_value = tensor
 
 
+def update_scale(model: ir.Model, name: str, params: QuantParams) -> None:
+    """Give the tensor ``name`` another scale in a model that ``insert`` wrote."""
+    node = next((node for node in model.graph if node.name == f"{name}/quantize"), None)
+    scale = None if node is None else node.inputs[1]
+    if scale is not None:
+        scale.const_value = _tensor(params.scale, ir.DataType.FLOAT, scale.name or "")
+
+
 def _sources(value: ir.Value | None) -> list[ir.Value]:
     """The initialisers that a DequantizeLinear makes ``value`` from, or itself."""
     producer = None if value is None else value.producer()
@@ -102,11 +110,11 @@ def _activation_type(spec: QuantSpec) -> ir.DataType:
 
 
 def _is_idle(node: ir.Node | None, params: QuantParams) -> bool:
-    """Whether a Relu or Clip keeps all that the Q behind it can tell apart."""
+    """Whether a node keeps all that the Q behind it can tell apart: Relu, Clip, Identity."""
     if node is not None and node.op_type == "Relu":
         return int(params.zero_point) == params.spec.qmin
     if node is None or node.op_type != "Clip":
-        return False
+        return node is not None and node.op_type == "Identity"
     bounds = [None if value is None else value.const_value for value in node.inputs[1:]]
     if len(bounds) < 2 or None in bounds:
         return False
@@ -242,8 +250,8 @@ class _Writer:
         narrow = params.spec.bits < 8 and name not in self.plan.same_range  # moved: clipped before
         source = raw
         drops = self.plan.target.drop_absorbed or (
-            narrow and producer is not None and producer.op_type == "Clip"
-        )  # a Clip would part the layer from its Q
+            narrow and producer is not None and producer.op_type in ("Clip", "Identity")
+        )  # either would part the layer from its Q
         if drops and takes_name and producer is not None and _is_idle(producer, params):
             source = producer.inputs[0] or raw
         quantise = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")

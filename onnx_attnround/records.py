@@ -154,6 +154,29 @@ class LayerRounding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRounding:
+    """How a block of layers was refined: squared error of its outputs, relative to their power.
+
+    ``nodes`` are its layers; ``skipped`` is the reason why it was left as it was.
+    """
+
+    nodes: tuple[str, ...]
+    error_before: float | None = None
+    error_after: float | None = None
+    skipped: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """A word on the outcome."""
+        if self.error_before is None or self.error_after is None:
+            return f"left as it was: {self.skipped}"
+        before, after = (
+            10 * np.log10(max(error, 1e-30)) for error in (self.error_before, self.error_after)
+        )
+        return f"{before:.1f} dB → {after:.1f} dB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec:
     """One graph input: numpy dtype and shape, ``None`` for a dynamic dimension."""
 

@@ -44,6 +44,7 @@ def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
         "target": result.plan.target.name,
         "mean_bits": result.allocation.mean_bits,
         "layers": [_layer(result, layer) for layer in result.plan.layers],
+        "blocks": [asdict(block) for block in result.blocks],
         "skipped": dict(result.plan.skipped),
         "verification": None if result.verification is None else _verified(result.verification),
         "seconds": dict(result.seconds),

@@ -271,11 +271,15 @@ def attention_codes(
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best[better] = codes[better]
-        gradient = slope.mul_(scale)
-        attention = torch.erf(offset / (TAU * math.sqrt(2)))
-        gradient.mul_(torch.where(gradient >= 0, attention, -attention).add_(1.0).mul_(0.5))
+        gradient = attend(offset, slope.mul_(scale))
         _adam(offset, gradient, momentum, variance, step, steps)
     return best
+
+
+def attend(offset: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient by an offset, weighted by the Gaussian attention of where it stands."""
+    attention = torch.erf(offset / (TAU * math.sqrt(2)))
+    return torch.where(gradient >= 0, attention, -attention).add_(1.0).mul_(0.5).mul_(gradient)
 
 
 def _adam(
@@ -316,7 +320,8 @@ def descend(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> tor
             if bool(change.any()):
                 moved = True
                 codes[..., block] = better
-                slope += change @ problem.gram[:, block]
+                if width < depth:
+                    slope += change @ problem.gram[:, block]
         if not moved:
             break
     return codes

@@ -1,15 +1,15 @@
-"""Cut a graph at its weighted layers, so that it can be walked once, layer by layer.
+"""Cut a graph at its weighted layers, so that it can be walked once, layer by layer or by blocks.
 
 Stage ``k`` holds the nodes that depend on layer ``k - 1`` and on no later one;
 stage 0 those that depend on none. Nodes that no layer needs are in no stage. Nodes
-that only unpack codes, and those without a variable input, belong to whichever
+that only rename or unpack codes, and those without a variable input, belong to whichever
 stage reads them, so that what crosses a cut is the small integer tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -22,49 +22,105 @@ _Reads = dict[ir.Node, tuple[ir.Value, ...]]
 class Stage:
     """One piece of the walk: tensor names in and out, and what the walk needs of them.
 
-    ``reads`` is what the layer behind the stage reads; ``released`` are those
+    ``reads`` is what the layer or block behind the stage reads; ``released`` are those
     inputs that no later stage reads.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     released: tuple[str, ...]
-    reads: str
+    reads: tuple[str, ...]
 
 
-def cut(
-    model: ir.Model, layers: Sequence[str], codes: Collection[str] = ()
-) -> tuple[Stage, ...]:
+def cut(model: ir.Model, layers: Sequence[str], codes: Collection[str] = ()) -> tuple[Stage, ...]:
     """The stages up to the input of the last layer; ``layers`` are node names in graph order.
 
     Stage ``k`` provides what layer ``k`` reads. ``codes`` are the integer tensors
     that cross a cut in place of what a DequantizeLinear makes of them. The graph
     must be sorted. Raises ``ModelError`` if a layer reads no variable tensor.
     """
-    reads = _needed(_crossing_reads(model.graph, codes), layers)
+
+    def passes(node: ir.Node, source: ir.Value) -> bool:
+        return node.op_type == "DequantizeLinear" and source.name in codes
+
+    reads = _crossing_reads(model.graph, passes)[0]
+    reads = _needed(reads, set(layers), set())
     order = {name: position + 1 for position, name in enumerate(layers)}
-    origin: dict[ir.Value, int] = dict.fromkeys(model.graph.inputs, -1)
-    read_in: list[set[ir.Value]] = [set() for _ in range(len(layers) + 1)]
-    layer_reads = {}
-    for node, values in reads.items():
-        stage = max(order.get(node.name or "", 0), *(origin[value] for value in values))
-        origin.update(dict.fromkeys(node.outputs, stage))
-        read_in[stage].update(values)
-        if node.name in order:
-            layer_reads[node.name] = values[0].name or ""
+    layer_reads = {n.name: v[0].name or "" for n, v in reads.items() if n.name in order}
     if constant := [name for name in layers if name not in layer_reads]:
         raise ModelError(
             f"node '{constant[0]}': its input depends on no model input; exclude the node"
         )
+    stages = _stages(model.graph, reads, order, set())
+    return tuple(
+        replace(stage, reads=(layer_reads[layer],))
+        for stage, layer in zip(stages, layers, strict=False)
+    )
+
+
+def cut_blocks(model: ir.Model, blocks: Sequence[Sequence[str]]) -> tuple[Stage, ...]:
+    """The stages of whole blocks of layers, up to the outputs of the graph.
+
+    Stage 0 is what comes before all layers, stage ``k + 1`` is block ``k``: the nodes
+    that depend on one of its layers, and on none of a later block. Tensors cross a cut
+    as they are before their quantisation, which belongs to whichever stage reads them.
+    """
+    reads, crossing = _crossing_reads(model.graph, lambda node, source: _is_quantisation(node))
+    outputs = {crossing[value] for value in model.graph.outputs if value in crossing}
+    order = {name: position + 1 for position, names in enumerate(blocks) for name in names}
+    reads = _needed(reads, set(order), outputs)
+    stages = _stages(model.graph, reads, order, outputs)
+    behind = (*stages[1:], Stage((), (), (), ()))
+    return tuple(
+        replace(stage, reads=later.inputs) for stage, later in zip(stages, behind, strict=True)
+    )
+
+
+def raw_names(quantised: ir.Model) -> dict[str, str]:
+    """For each quantised activation, by its name in the float model, what crosses a cut for it."""
+    names = {}
+    for node in quantised.graph:
+        if node.op_type == "QuantizeLinear" and (node.name or "").endswith("/quantize"):
+            value = node.inputs[0]
+            while value is not None and _renames(value.producer()):
+                value = value.producer().inputs[0]  # type: ignore[union-attr]
+            if value is not None:
+                names[(node.name or "").removesuffix("/quantize")] = value.name or ""
+    return names
+
+
+def _renames(node: ir.Node | None) -> bool:
+    return node is not None and (node.op_type == "Identity" or _is_quantisation(node))
+
+
+def _is_quantisation(node: ir.Node) -> bool:
+    """Whether the node is a QuantizeLinear, a DequantizeLinear, or a Clip of codes between."""
+    dtype = node.outputs[0].dtype
+    clips_codes = node.op_type == "Clip" and dtype is not None and dtype.is_integer()
+    return clips_codes or node.op_type in ("QuantizeLinear", "DequantizeLinear")
+
+
+def _stages(
+    graph: ir.Graph, reads: _Reads, order: Mapping[str, int], kept: Collection[ir.Value]
+) -> tuple[Stage, ...]:
+    """The stages for layers in ``order``; ``kept`` values are released by none of them."""
+    origin: dict[ir.Value, int] = dict.fromkeys(graph.inputs, -1)
+    count = max(order.values(), default=0) + 1
+    read_in: list[set[ir.Value]] = [set() for _ in range(count)]
+    for node, values in reads.items():
+        stage = max(order.get(node.name or "", 0), *(origin[value] for value in values))
+        origin.update(dict.fromkeys(node.outputs, stage))
+        read_in[stage].update(values)
     last = {value: stage for stage, values in enumerate(read_in) for value in values}
+    last.update(dict.fromkeys(kept, count))
     return tuple(
         Stage(
             inputs=_names(value for value in read_in[stage] if origin[value] < stage),
             outputs=_names(v for v in last if origin[v] == stage and last[v] > stage),
             released=_names(v for v in last if origin[v] < stage and last[v] == stage),
-            reads=layer_reads[layer],
+            reads=(),
         )
-        for stage, layer in enumerate(layers)
+        for stage in range(count)
     )
 
 
@@ -85,25 +141,29 @@ def _names(values: Iterator[ir.Value]) -> tuple[str, ...]:
     return tuple(sorted(value.name or "" for value in values))
 
 
-def _crossing_reads(graph: ir.Graph, codes: Collection[str]) -> _Reads:
-    """What each node needs at hand to run; nodes that run with their readers are left out."""
+def _crossing_reads(
+    graph: ir.Graph, passes: Callable[[ir.Node, ir.Value], bool]
+) -> tuple[_Reads, dict[ir.Value, ir.Value]]:
+    """What each node needs at hand to run, and the tensor that crosses cuts for each value.
+
+    Nodes that only rename or unpack run with their readers, and are left out.
+    """
     crossing = {value: value for value in graph.inputs if not value.is_initializer()}
     reads: _Reads = {}
     for node in graph:
         found = tuple(crossing[value] for value in _reads(node) if value in crossing)
-        if node.op_type == "DequantizeLinear" and found and found[0].name in codes:
+        if found and (node.op_type == "Identity" or passes(node, found[0])):
             crossing[node.outputs[0]] = found[0]
         elif found:
             reads[node] = found
             crossing.update((value, value) for value in node.outputs)
-    return reads
+    return reads, crossing
 
 
-def _needed(reads: _Reads, layers: Sequence[str]) -> _Reads:
-    """The reads of the layers and of all nodes that lead to one."""
-    wanted: set[ir.Value] = set()
+def _needed(reads: _Reads, names: Collection[str], outputs: Collection[ir.Value]) -> _Reads:
+    """The reads of the nodes of these ``names``, and of all that lead to one or to ``outputs``."""
+    wanted = set(outputs)
     kept: set[ir.Node] = set()
-    names = set(layers)
     for node, values in reversed(reads.items()):
         if node.name in names or not wanted.isdisjoint(node.outputs):
             kept.add(node)

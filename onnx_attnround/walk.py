@@ -1,13 +1,14 @@
-"""Walk float model and quantised prefix side by side, once, from layer to layer.
+"""Walk float model and quantised prefix side by side, once, from layer to layer or by blocks.
 
-At layer ``k`` the walk provides what the layer reads in the float model and in
+At layer or block ``k`` the walk provides what it reads in the float model and in
 the model whose earlier layers are already quantised. Only tensors that a later
 stage reads are kept; the prefix is never run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.runtime import first_line, open_session
 from onnx_attnround.samples import Samples
-from onnx_attnround.stages import Stage, cut, extract
+from onnx_attnround.stages import Stage, cut, cut_blocks, extract, raw_names
 from onnx_attnround.store import ActivationStore
 
 
@@ -40,8 +41,7 @@ class Walk:
         threads: int | None,
     ) -> None:
         names = [layer.node for layer in layers]
-        self._samples = samples
-        self._batch_size = batch_size
+        self._feeds = samples.batches(batch_size)
         self._streams = [_Stream("float", model, cut(model, names), store, threads)]
         if quantised is not None:
             stages = cut(quantised, names, _added_codes(quantised, model))
@@ -51,18 +51,11 @@ class Walk:
     def advance(self, index: int) -> None:
         """Compute what layer ``index`` reads, from what layer ``index - 1`` now is."""
         if index == 0:
-            self._start()
+            self._batches = _start(self._streams, self._feeds)
             return
         for stream in self._streams:
             stream.advance(index, self._batches)
-
-    def _start(self) -> None:
-        """Read the samples once; only inputs that a later stage reads are kept."""
-        runs = [stream.start() for stream in self._streams]
-        for batch, feeds in enumerate(self._samples.batches(self._batch_size)):
-            for run in runs:
-                run(batch, feeds)
-            self._batches = batch + 1
+            stream.release(index)
 
     def inputs(self, index: int) -> Iterator[tuple[Array, Array]]:
         """Per batch the float input of layer ``index`` and that of the quantised prefix.
@@ -71,7 +64,82 @@ class Walk:
         """
         plain, quantised = self._streams[0], self._streams[-1]
         for batch in range(self._batches):
-            yield plain.layer_input(index, batch), quantised.layer_input(index, batch)
+            yield plain.read(index, batch)[0], quantised.read(index, batch)[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBatch:
+    """One batch at a block: its inputs in both models, before quantisation, and float outputs.
+
+    Tensors by their names in the float model, each ``[n, ...]``.
+    """
+
+    plain: Mapping[str, Array]
+    quantised: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+class BlockWalk:
+    """The two streams from block to block: ``advance(k)``, ``batches(k)``, quantise, and so on.
+
+    The float stream is one block ahead, for the outputs that block ``k`` is to reproduce.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        quantised: ir.Model,
+        blocks: Sequence[Sequence[LayerPlan]],
+        samples: Samples,
+        *,
+        batch_size: int,
+        store: ActivationStore,
+        threads: int | None,
+    ) -> None:
+        names = [[layer.node for layer in block] for block in blocks]
+        self._feeds = samples.batches(batch_size)
+        self._stages = cut_blocks(model, names)
+        self._plain = _Stream("float", model, self._stages, store, threads)
+        self._quantised = _Stream(
+            "quantised", quantised, cut_blocks(quantised, names), store, threads
+        )
+        self._raw = raw_names(quantised)
+        self.count = 0
+        """How many batches there are, once ``advance(0)`` is done."""
+
+    def advance(self, index: int) -> None:
+        """Compute what block ``index`` reads and is to reproduce, from what the last one now is."""
+        if index == 0:
+            self.count = _start((self._plain, self._quantised), self._feeds)
+        else:
+            self._quantised.advance(index, self.count)
+            for stream in (self._plain, self._quantised):
+                stream.release(index)
+        self._plain.advance(index + 1, self.count)
+
+    def names(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The inputs and the outputs of block ``index`` in the float model."""
+        return self._stages[index + 1].inputs, self._stages[index + 1].outputs
+
+    def batch(self, index: int, batch: int) -> BlockBatch:
+        """One of the ``count`` batches at block ``index``, after ``advance(index)``."""
+        inputs, outputs = self.names(index)
+        return BlockBatch(
+            plain={name: self._plain.get(name, batch) for name in inputs},
+            quantised={n: self._quantised.get(self._raw.get(n, n), batch) for n in inputs},
+            outputs={name: self._plain.get(name, batch) for name in outputs},
+        )
+
+
+def _start(streams: Sequence[_Stream], feeds: Iterator[dict[str, Array]]) -> int:
+    """Read the samples once, keep what later stages read of them; the number of batches."""
+    runs = [stream.start() for stream in streams]
+    batches = 0
+    for batch, values in enumerate(feeds):
+        for run in runs:
+            run(batch, values)
+        batches = batch + 1
+    return batches
 
 
 class _Stream:
@@ -91,10 +159,12 @@ class _Stream:
         self._store = store
         self._threads = threads
 
-    def layer_input(self, index: int, batch: int) -> Array:
-        return self._get(self._stages[index].reads, batch)
+    def read(self, index: int, batch: int) -> list[Array]:
+        """What the layer or block behind stage ``index`` reads."""
+        return [self.get(name, batch) for name in self._stages[index].reads]
 
-    def _get(self, name: str, batch: int) -> Array:
+    def get(self, name: str, batch: int) -> Array:
+        """A live tensor."""
         return self._store.get(f"{self._label}:{name}", batch)
 
     def start(self) -> Callable[[int, dict[str, Array]], None]:
@@ -102,7 +172,7 @@ class _Stream:
         stage = self._stages[0]
         session = self._session(stage)
         kept = {name for later in self._stages[1:] for name in later.inputs}
-        kept |= {later.reads for later in self._stages}
+        kept |= {name for stage in self._stages for name in stage.reads}
 
         def run(batch: int, feeds: dict[str, Array]) -> None:
             for name in feeds.keys() & kept:
@@ -117,8 +187,11 @@ class _Stream:
         session = self._session(stage)
         if session is not None:
             for batch in range(batches):
-                self._run(session, stage, batch, {n: self._get(n, batch) for n in stage.inputs})
-        for name in stage.released:
+                self._run(session, stage, batch, {n: self.get(n, batch) for n in stage.inputs})
+
+    def release(self, index: int) -> None:
+        """Forget what no stage behind ``index`` reads."""
+        for name in self._stages[index].released:
             self._store.release(f"{self._label}:{name}")
 
     def _session(self, stage: Stage) -> ort.InferenceSession | None:

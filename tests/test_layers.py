@@ -21,17 +21,17 @@ _NAMES = (
     "quantizer graph ops store stages progress",
     "config runtime simplify qdq moments shadow",
     "allocate preprocess plan rounding",
-    "samples",
+    "samples narrow",
     "calibrate walk verify",
     "blocks",
-    "reconstruct",
+    "reconstruct refine",
     "sensitivity",
     "pipeline",
     "report __init__",
     "__main__",
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
-TORCH = {"shadow", "moments", "rounding", "blocks", "reconstruct", "sensitivity"}
+TORCH = {"shadow", "moments", "rounding", "reconstruct", "refine", "sensitivity"}
 MAX_FILE, MAX_FUNCTION = 500, 60
 LONG_FUNCTIONS = {("__main__", "command")}  # one argument for each option of the command line
 

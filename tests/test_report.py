@@ -57,6 +57,7 @@ def result() -> QuantizeResult:
             coding_length={"/body/conv[0]": 2.5, "head": 3.5},
             mean_bits=4.0,
         ),
+        blocks=(),
         roundings={
             "/body/conv[0]": LayerRounding(
                 weight="/body/conv[0].w",

@@ -431,8 +431,8 @@ def correlated(seed: int, bits: int = 3) -> Problem:
 def decibels(method: str, bits: int) -> float:
     """Mean gain over nearest rounding on some layers, in dB; lower is better."""
     gains = []
-    for seed in range(6):
-        solution = solve(correlated(seed, bits).objective, method, steps=100, seed=seed)
+    for seed in range(3):
+        solution = solve(correlated(seed, bits).objective, method, steps=30, seed=seed)
         gains.append(10 * math.log10(float(solution.loss.sum() / solution.loss_nearest.sum())))
     return sum(gains) / len(gains)
 
