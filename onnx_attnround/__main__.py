@@ -350,6 +350,8 @@ def _worded(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
         return "interrupted", SIGNALLED + number
+    if isinstance(error, MemoryError):
+        return "out of memory: give fewer --samples, a smaller --batch-size, or more memory", 1
     return f"unexpected {type(error).__name__}: {error}; please report this", 1
 
 

@@ -269,6 +269,14 @@ def test_an_unexpected_error_is_named_and_asks_for_a_report(
     assert "error: unexpected ZeroDivisionError: by zero; please report" in capsys.readouterr().err
 
 
+def test_running_out_of_memory_names_what_needs_less(
+    fake: FakeQuantize, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.error = MemoryError()
+    assert main(["in.onnx", "out.onnx"]) == 1
+    assert "error: out of memory: give fewer --samples" in capsys.readouterr().err
+
+
 def test_a_missed_gate_still_writes_the_report(
     fake: FakeQuantize, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

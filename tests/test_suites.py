@@ -36,7 +36,7 @@ def test_a_short_run_of_the_fuzzer() -> None:
 def test_the_judge_tells_failures_apart() -> None:
     """A suite that can't fail proves nothing."""
     sound = next(fuzz.cases(0, range(2, 3)))
-    assert onnx_cases.judge(sound) == ("converted", "")
+    assert onnx_cases.judge(sound)[0] == "converted"
     worker = onnx_cases.Worker(0.01)
     assert worker.run(sound).kind == "too slow"
     broken = onnx_cases.Case("none", "graph", b"\0\0", ())

@@ -2,11 +2,12 @@
 
     python tools/onnx_cases.py [--every 1] [--only 'node/test_conv*'] [--workers 2] [--seconds 60]
 
-Three forms of each: ``as it is``; ``frozen``, the inputs of its weighted ops that hold weights
-made constants; and ``beside``, a small layer of its own added, which is quantised, so that what
-the case computes must come out as it was. Each runs in a worker process with a time bound, on the
-data that come with the case, else on random ones. Prints counts as Markdown, and a line on each
-case that failed; exits with 1 if there is one.
+Up to four forms of each: ``as it is``; ``frozen``, the inputs of its weighted ops that hold
+weights made constants; ``beside``, a small layer of its own added, which is quantised, so that
+what the case computes must come out as it was; and ``between``, layers before and behind it. Each
+runs in a worker process with a bound on time and memory, on the data that come with the case,
+else on random ones. Prints counts as Markdown, and a line on each case that failed; exits with 1
+if there is one.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ Feeds = dict[str, Any]
 WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # op: first input with weights
 MOST_ELEMENTS = 1_000_000  # of a random input
 MEMORY = 12 << 30  # bytes of address space of a worker
+NEWEST_IR = 13  # that ONNX Runtime reads; cases are of the newest that onnx has
 FAILURES = ("crashed", "too slow", "does not load", "changed an output")
 
 
@@ -73,6 +75,7 @@ def cases(every: int = 1, only: str = "*") -> Iterator[Case]:
         for form, change in FORMS.items():
             changed = onnx.ModelProto()
             changed.CopyFrom(model)
+            changed.ir_version = min(changed.ir_version, NEWEST_IR)
             if (changed_feeds := change(changed, feeds)) is not None:
                 yield Case(name, form, changed.SerializeToString(), tuple(changed_feeds))
 
@@ -168,14 +171,59 @@ def _beside(model: onnx.ModelProto, feeds: list[Feeds]) -> list[Feeds] | None:
         model.graph.input.append(
             onnx.helper.make_tensor_value_info("beside_w", onnx.TensorProto.FLOAT, weight.shape)
         )
-    if all(opset.domain for opset in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid("", 17))
+    _import_standard(model)
     row = rng.normal(size=(2, 4)).astype(np.float32)
     return [{**feed, "beside_x": row} for feed in feeds]
 
 
+def _between(model: onnx.ModelProto, feeds: list[Feeds]) -> list[Feeds] | None:
+    """With layers of identity before and behind it; ``None`` where there is no place for them."""
+    graph = model.graph
+    inner = any(a.type == onnx.AttributeProto.GRAPH for node in graph.node for a in node.attribute)
+    before = [value for value in graph.input if _may_join(value)]
+    behind = [value for value in graph.output if _may_join(value)]
+    if inner or model.ir_version < 4 or not before or not behind:
+        return None
+    nodes = list(graph.node)
+    given = {value.name for value in before}
+    names = given | {value.name for value in behind}
+    for node in nodes:
+        for values in (node.input, node.output):
+            values[:] = [f"{name}_inner" if name in names else name for name in values]
+    del graph.node[:]
+    graph.node.extend(_identity(graph, v, v.name, f"{v.name}_inner") for v in before)
+    graph.node.extend(nodes)
+    late = [value for value in behind if value.name not in given]
+    graph.node.extend(_identity(graph, v, f"{v.name}_inner", v.name) for v in late)
+    _import_standard(model)
+    return feeds
+
+
+def _import_standard(model: onnx.ModelProto) -> None:
+    if all(opset.domain for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid("", 17))
+
+
+def _may_join(value: onnx.ValueInfoProto) -> bool:
+    """Whether it is a float tensor of at least two known dimensions."""
+    kind = value.type.tensor_type
+    shape = [dim.dim_value for dim in kind.shape.dim]
+    return kind.elem_type == onnx.TensorProto.FLOAT and 2 <= len(shape) <= 5 and min(shape) > 0
+
+
+def _identity(graph: onnx.GraphProto, value: onnx.ValueInfoProto, x: str, y: str) -> onnx.NodeProto:
+    shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    weight = np.eye(shape[1], dtype=np.float32)
+    op = "MatMul" if len(shape) == 2 else "Conv"
+    weight = weight if op == "MatMul" else weight.reshape(*weight.shape, *(1 for _ in shape[2:]))
+    graph.initializer.append(onnx.numpy_helper.from_array(weight, f"{value.name}_weight"))
+    return onnx.helper.make_node(op, [x, f"{value.name}_weight"], [y], f"{value.name}_layer")
+
+
 Change = Callable[[onnx.ModelProto, list[Feeds]], "list[Feeds] | None"]
-FORMS: Mapping[str, Change] = {"as it is": _as_it_is, "frozen": _frozen, "beside": _beside}
+FORMS: Mapping[str, Change] = {
+    "as it is": _as_it_is, "frozen": _frozen, "beside": _beside, "between": _between,
+}  # fmt: skip
 
 
 # --- one case, in a worker --------------------------------------------------------------
@@ -195,7 +243,13 @@ def judge(case: Case) -> tuple[str, str]:
             return "refused", str(error)
         except Exception:
             return "crashed", traceback.format_exc()
-        return _compare(source, target, feeds, _quantised(result))
+        kind, why = _compare(source, target, feeds, _quantised(result))
+        return kind, why or _least_sqnr(result)
+
+
+def _least_sqnr(result: Any) -> str:
+    worst = result.verification.worst_output if result.verification else None
+    return "" if worst is None or worst.sqnr_db is None else f"{worst.sqnr_db:.0f} dB"
 
 
 def _quantised(result: Any) -> set[str]:
