@@ -178,3 +178,12 @@ def test_raise_opset_wants_functions_inlined() -> None:
     )
     with pytest.raises(ModelError, match="functions, got 1; simplify it first"):
         graph.raise_opset(model, 21)
+
+
+def test_values_keep_their_names_where_an_operator_is_replaced() -> None:
+    """Scatter becomes ScatterElements, whose output the converter calls otherwise."""
+    text = """g (float[3,3] x, int64[2,3] i, float[2,3] u) => (float[3,2] y) <float[3,2] w> {
+        a = Relu(x)  s = Scatter<axis = 0>(a, i, u)  r = Relu(s)  y = MatMul(r, w) }"""
+    raised = graph.raise_opset(build(text, 10), 13)
+    assert [node.op_type for node in raised.graph] == ["Relu", "ScatterElements", "Relu", "MatMul"]
+    assert {"a", "s", "r", "y"} <= {value.name for node in raised.graph for value in node.outputs}

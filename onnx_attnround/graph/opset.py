@@ -83,10 +83,27 @@ def _convert_opset(model: ir.Model, old: int, new: int) -> ir.Model:
             f"cannot raise the model from opset {old} to {new}: {reason(error)}; "
             f"export it with opset {new} or later"
         ) from error
+    _keep_names(model, result)
     if old < _RESIZE_COORDINATES:
         _keep_resize_coordinates(result)
     name_nodes(result)
     return result
+
+
+def _keep_names(old: ir.Model, new: ir.Model) -> None:
+    """Give values that the converter renamed their names back, by the nodes that read them."""
+    readers = {node.name: node for node in new.graph}
+    known = ir.convenience.create_value_mapping(old.graph)
+    kept = set(ir.convenience.create_value_mapping(new.graph))
+    for node in old.graph:
+        twin = readers.get(node.name)
+        if twin is None or len(twin.inputs) != len(node.inputs):
+            continue
+        for before, after in zip(node.inputs, twin.inputs, strict=True):
+            if before is None or after is None or before.name in kept or after.name in known:
+                continue
+            after.name = before.name
+            kept.add(before.name or "")
 
 
 def _keep_resize_coordinates(model: ir.Model) -> None:

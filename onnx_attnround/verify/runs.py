@@ -53,10 +53,11 @@ def sample_count(feed: Feed) -> int:
 
 def _open(model: ir.Model, kind: str, error: type[AttnRoundError], **options: Any) -> Run:
     """A function from feeds to outputs by name, whose failures are worded as ``error``."""
+    remedy = "; --exclude the layers around that node" if error is OutputError else ""
     try:
         session = open_session(model, **options)
     except ModelError as cause:
-        raise error(f"the {kind} model: {cause}") from cause
+        raise error(f"the {kind} model: {cause}{remedy}") from cause
     names = [output.name for output in session.get_outputs()]
 
     def run(feed: Feed) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _open(model: ir.Model, kind: str, error: type[AttnRoundError], **options: An
             return dict(zip(names, session.run(names, dict(feed)), strict=True))
         except Exception as cause:  # ONNX Runtime raises a dozen unrelated types here
             raise error(
-                f"ONNX Runtime cannot run the {kind} model: {first_line(cause)}"
+                f"ONNX Runtime cannot run the {kind} model: {first_line(cause)}{remedy}"
             ) from cause
 
     return run
