@@ -21,7 +21,7 @@ from onnx_attnround.errors import (
 )
 
 if TYPE_CHECKING:
-    from onnx_attnround.pipeline import QuantizeResult, make_plan, quantize
+    from onnx_attnround.pipeline import QuantizeResult, check_model, make_plan, quantize
 
 # Else the official builds of ONNX Runtime from 1.29 on report on the models that they run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -35,6 +35,7 @@ __all__ = [
     "OutputError",
     "QuantConfig",
     "QuantizeResult",
+    "check_model",
     "make_plan",
     "quantize",
 ]
@@ -42,7 +43,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the pipeline, and with it torch and ONNX Runtime, when it is first asked for."""
-    if name in ("QuantizeResult", "make_plan", "quantize"):
+    if name in ("QuantizeResult", "check_model", "make_plan", "quantize"):
         from onnx_attnround import pipeline
 
         return getattr(pipeline, name)

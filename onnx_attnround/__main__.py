@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from onnx_attnround.config import QuantConfig, read_config
-from onnx_attnround.errors import AttnRoundError, ConfigError, GateError
+from onnx_attnround.errors import AttnRoundError, ConfigError, GateError, ModelError
 from onnx_attnround.targets import TARGETS, WeightStorage
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ EPILOG = "\n\n".join((
     "onnx-attnround in.onnx out.onnx --calib photos/ --preprocess imagenet",
     "onnx-attnround in.onnx out.onnx --calib c.npz --mean-bits 4 --min-sqnr 20",
     "onnx-attnround in.onnx --weight-bits 4 --exclude '/head/*' --dry-run",
+    "onnx-attnround --check quantised.onnx --target tensorrt",
     "Exit codes: 0 done, 1 failed, 2 usage, 3 gate missed, 130 interrupted.",
 ))  # fmt: skip
 
@@ -55,6 +56,7 @@ class Options:
     config_file: Path | None
     report: Path | None
     dry_run: bool
+    check: bool
     quiet: bool
     verbose: bool
 
@@ -229,6 +231,16 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
             "--dry-run", help="Print what would be quantised; write nothing.", rich_help_panel=_OUT
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Check the quantised model IN against the rules of --target, run it on --calib "
+            "or noise where its runtime is installed, and list what breaks or does not fuse; "
+            "exit code 1 if it is refused.",
+            rich_help_panel=_OUT,
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(help="Write all figures to this .json file.", rich_help_panel=_OUT),
@@ -275,6 +287,7 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         config_file=config,
         report=report,
         dry_run=dry_run,
+        check=check,
         quiet=quiet,
         verbose=verbose,
     )
@@ -372,7 +385,9 @@ def _config(path: Path | None, given: dict[str, Any]) -> QuantConfig:
 
 def _run(options: Options, config: QuantConfig) -> None:
     _check(options)
-    if options.dry_run:
+    if options.check:
+        _check_model(options, config)
+    elif options.dry_run:
         _dry_run(options, config)
     else:
         _quantize(options, config)
@@ -380,7 +395,9 @@ def _run(options: Options, config: QuantConfig) -> None:
 
 def _check(options: Options) -> None:
     """Raise ``ConfigError`` for options that do not go together."""
-    if options.output is None and not options.dry_run:
+    if options.check and (options.output is not None or options.dry_run):
+        raise ConfigError("--check takes IN alone and writes nothing: leave out OUT and --dry-run")
+    if options.output is None and not (options.dry_run or options.check):
         raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
     if options.report is not None and options.report.suffix.lower() != ".json":
         raise ConfigError(f"--report '{options.report}': expected a file name that ends in .json")
@@ -409,6 +426,26 @@ def _dry_run(options: Options, config: QuantConfig) -> None:
     from onnx_attnround.report import plan_tables
 
     console_on(sys.stdout).print(plan_tables(*make_plan(options.model, config)))
+
+
+def _check_model(options: Options, config: QuantConfig) -> None:
+    """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
+    from onnx_attnround.pipeline import check_model
+    from onnx_attnround.preprocess import load_preprocess
+    from onnx_attnround.progress import console_on
+    from onnx_attnround.report import check_console, write_check
+
+    preprocess = None if options.preprocess is None else load_preprocess(options.preprocess)
+    checked = check_model(options.model, config, options.calib, preprocess=preprocess)
+    if options.report is not None:
+        write_check(options.report, checked)
+    if not options.quiet:
+        console_on(sys.stdout).print(check_console(checked))
+    if number := len(checked.refused):
+        raise ModelError(
+            f"'{options.model}' breaks the rules of target '{checked.target}' {number} times, "
+            f"first at {checked.refused[0].node}: {checked.refused[0].why}"
+        )
 
 
 def _quantize(options: Options, config: QuantConfig) -> None:

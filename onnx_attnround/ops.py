@@ -305,6 +305,18 @@ WEIGHTED_OPS: dict[str, WeightedOp] = {
 }
 
 
+def count_macs(
+    op_type: str, attributes: Attributes, weight: Shape, x: Any, y: Any
+) -> int | None:
+    """Multiply-accumulates for one sample; ``None`` where a shape or a dimension is unknown."""
+    if x is None or y is None:
+        return None
+    try:
+        return int(WEIGHTED_OPS[op_type].macs(attributes, weight, x, y))
+    except TypeError:  # a dynamic spatial dimension
+        return None
+
+
 def weight_matrix(layer: LayerPlan, weight: Array) -> Array:
     """The ONNX weight of ``layer`` as ``[g, o, d]``."""
     return WEIGHTED_OPS[layer.op_type].to_matrix(weight, layer.attributes)

@@ -15,8 +15,9 @@ import onnx_ir as ir
 from onnx_attnround import graph, qdq
 from onnx_attnround.allocate import allocate, measures
 from onnx_attnround.calibrate import Calibration, calibrate
+from onnx_attnround.check import Checked, check
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.errors import CalibrationError, GateError, ModelError
+from onnx_attnround.errors import CalibrationError, GateError, ModelError, OutputError
 from onnx_attnround.narrow import part_inputs
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan as plan_model
@@ -34,7 +35,10 @@ from onnx_attnround.records import (
 from onnx_attnround.runtime import custom_ops, open_session
 from onnx_attnround.samples import Samples, open_samples, read_labels
 from onnx_attnround.simplify import simplify
+from onnx_attnround.targets import get_target
 from onnx_attnround.verify import Verification, check_gates, check_labels, verify
+
+CHECKED_SAMPLES = 4
 
 OnEvent = Callable[[Event], None]
 
@@ -51,6 +55,7 @@ class QuantizeResult:
     allocation: BitAllocation
     roundings: Mapping[str, LayerRounding]
     blocks: tuple[BlockRounding, ...]
+    checked: Checked
     verification: Verification | None
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
@@ -92,6 +97,29 @@ def quantize(
         graph.check_output(Path(output), _path(model))
     prepared = prepare(run, model, calibration, evaluation, preprocess)
     return finish(run, prepared, output)
+
+
+def check_model(
+    model: Path | str | ir.Model,
+    config: QuantConfig | None = None,
+    calibration: object = None,
+    *,
+    preprocess: Preprocess | None = None,
+) -> Checked:
+    """Check a quantised model of any origin against the rules of ``config.target``.
+
+    It is run on the first samples of ``calibration``, if given; else on noise,
+    where its shapes are known. Raises ``ModelError`` if the file cannot be read.
+    """
+    config = config or QuantConfig()
+    loaded = _load(model)
+    with custom_ops(config.custom_op_library):
+        feed = None
+        if calibration is not None:
+            specs = graph.input_specs(loaded)
+            samples = open_samples(calibration, specs, limit=config.samples, preprocess=preprocess)
+            feed = next(samples.batches(CHECKED_SAMPLES))
+        return check(loaded, get_target(config.target), feed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +208,8 @@ def finish(run: Run, given: Prepared, output: Path | str | None) -> QuantizeResu
         storage = config.weight_storage or plan.target.weight_storage
         quantised = qdq.insert(given.simplified, plan, params, roundings, storage)
         _add_provenance(quantised, config, allocation)
+    with run.stage("check"):
+        checked = _check(quantised, plan, given.judged_on)
     with run.stage("verify"):
         verification = _verify(run, given, quantised)
     result = QuantizeResult(
@@ -188,6 +218,7 @@ def finish(run: Run, given: Prepared, output: Path | str | None) -> QuantizeResu
         allocation=allocation,
         roundings=roundings,
         blocks=blocks,
+        checked=checked,
         verification=verification,
         notes=tuple(run.notes),
         seconds=run.seconds,
@@ -343,6 +374,20 @@ def _verify(run: Run, given: Prepared, quantised: ir.Model) -> Verification | No
         threads=run.config.threads,
         on_event=run.on_event,
     )
+
+
+def _check(model: ir.Model, plan: QuantPlan, samples: Samples | None) -> Checked:
+    """What the target's rules say of the output; raises ``OutputError`` if it is refused."""
+    feed = None if samples is None else next(samples.batches(CHECKED_SAMPLES))
+    checked = check(model, plan.target, feed)
+    if broken := checked.refused:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise OutputError(
+            f"the output breaks a rule of target '{plan.target.name}': {broken[0].node}: "
+            f"{broken[0].why} [{broken[0].rule}]{more}; --exclude the node, or choose another "
+            "--target"
+        )
+    return checked
 
 
 def _reference(run: Run, original: ir.Model, simplified: ir.Model) -> ir.Model:

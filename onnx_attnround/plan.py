@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, ModelError
-from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.ops import WEIGHTED_OPS, count_macs
 from onnx_attnround.records import LayerPlan, QuantPlan, QuantSpec
 from onnx_attnround.targets import Target, get_target
 
@@ -30,7 +30,8 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     pattern of ``include``, ``exclude`` or ``layer_bits`` matches no node.
     """
     target = get_target(config.target)
-    _check_target(target, model, config)
+    integer = quantise_activations and config.act_bits < 32
+    _check_target(target, model, config, integer_activations=integer)
     _check_patterns(model, config)
     layers, skipped = _find_layers(model, config, target)
     if not layers:
@@ -42,7 +43,7 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     layers = _mark_ends(model, layers, skipped)
     activations: dict[str, QuantSpec] = {}
     same_range: dict[str, str] = {}
-    if quantise_activations and config.act_bits < 32:
+    if integer:
         activations, same_range = _Activations(model, layers, target, config).find()
     return QuantPlan(
         target=target,
@@ -53,8 +54,15 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     )
 
 
-def _check_target(target: Target, model: ir.Model, config: QuantConfig) -> None:
+def _check_target(
+    target: Target, model: ir.Model, config: QuantConfig, *, integer_activations: bool
+) -> None:
     bits, storage = config.act_bits, config.weight_storage
+    if target.placement == "everything" and not integer_activations:
+        raise ConfigError(
+            f"target '{target.name}' takes no float activations: give calibration samples "
+            "(--calib), and act_bits of 8 or 16"
+        )
     if bits != 32 and bits not in target.activation_bits:
         known = ", ".join(map(str, sorted(target.activation_bits)))
         raise ConfigError(
@@ -230,7 +238,6 @@ def _layer(node: ir.Node, config: QuantConfig, target: Target) -> LayerPlan:
     axis = None if per_tensor else op.channel_axis(attributes)
     shape = _static(weight.const_value)
     input_shape, output_shape = _shape(x), _shape(y)
-    known = input_shape is not None and output_shape is not None
     return LayerPlan(
         node=_name(node),
         op_type=node.op_type,
@@ -242,17 +249,8 @@ def _layer(node: ir.Node, config: QuantConfig, target: Target) -> LayerPlan:
         weight_spec=QuantSpec(bits=config.weight_bits, signed=True, symmetric=True, axis=axis),
         attributes=attributes,
         input_shape=input_shape,
-        macs=_macs(op.macs, attributes, shape, input_shape, output_shape) if known else None,
+        macs=count_macs(node.op_type, attributes, shape, input_shape, output_shape),
     )
-
-
-def _macs(
-    count: Any, attributes: Mapping[str, Any], weight: tuple[int, ...], x: Any, y: Any
-) -> int | None:
-    try:
-        return int(count(attributes, weight, x, y))
-    except TypeError:  # a dynamic spatial dimension
-        return None
 
 
 def _shape(value: ir.Value) -> tuple[int | None, ...] | None:

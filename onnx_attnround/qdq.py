@@ -243,7 +243,11 @@ class _Writer:
             return
         raw = self.values[name]
         producer = raw.producer()
-        consumers = [(usage.node, usage.idx) for usage in raw.uses()]
+        consumers = [
+            (usage.node, usage.idx)
+            for usage in raw.uses()
+            if usage.node.op_type not in self.plan.target.float_input
+        ]
         takes_name = producer is not None and not self._stays_float(raw)
         if takes_name:
             raw.name = self._fresh(f"{name}_raw")

@@ -16,6 +16,7 @@ import onnxruntime as ort
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import write_atomic
 from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
@@ -45,6 +46,7 @@ def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
         "mean_bits": result.allocation.mean_bits,
         "layers": [_layer(result, layer) for layer in result.plan.layers],
         "blocks": [asdict(block) for block in result.blocks],
+        "check": _checked(result.checked),
         "skipped": dict(result.plan.skipped),
         "verification": None if result.verification is None else _verified(result.verification),
         "seconds": dict(result.seconds),
@@ -79,13 +81,42 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
     if verbose:
         parts.append(_layer_table(result))
     if result.verification is not None:
-        parts += [_comparison(result.verification), *_remarks(result.verification)]
+        elsewhere = result.plan.target.name != "ort"
+        parts.append(_comparison(result.verification, elsewhere=elsewhere))
+    parts += _fusion_lines(result.checked.fusion)
+    parts += _finding_lines(result.checked)
+    if result.plan.target.runtime == "onnxruntime":
+        parts += _release_line(result.checked)
+    if result.verification is not None and result.verification.not_compared:
+        parts.append(f"not compared with float: {_named(result.verification.not_compared)}")
     if result.plan.layers:
         parts.append(_bits(result.plan, result.allocation))
     parts += [f"note: {note}" for note in result.notes]
     if output is not None:
         parts.append(f"wrote {output}")
     return Group(*parts)
+
+
+def check_console(checked: Checked) -> RenderableType:
+    """What ``--check`` prints: the findings, what runs in integer, and whether it is sound."""
+    table = _table("", "node", "rule", "because")
+    for found in checked.findings:
+        table.add_row("refused" if found.refused else "slow", found.node, found.rule, found.why)
+    parts: list[RenderableType] = [table] if checked.findings else []
+    parts += _fusion_lines(checked.fusion)
+    parts += _release_line(checked)
+    if not checked.ran:
+        parts.append("not run: the runtime is not here, or shapes are unknown (give --calib)")
+    if not checked.findings:
+        parts.append(f"no rule of target '{checked.target}' is broken")
+    return Group(*parts)
+
+
+def write_check(path: Path, checked: Checked) -> None:
+    """Write what a check found to ``path``, complete or not at all; raises ``OutputError``."""
+    report = {"schema": SCHEMA, "versions": versions(), "check": _checked(checked)}
+    text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, f"{text}\n".encode())
 
 
 def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
@@ -121,7 +152,7 @@ def _version(distribution: str) -> str:
 
 def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
     rounding = result.roundings.get(layer.node)
-    checked = result.verification
+    checked, fusion = result.verification, result.checked.fusion
     return {
         "node": layer.node,
         "op": layer.op_type,
@@ -135,15 +166,15 @@ def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
         "mse_final": None if rounding is None else rounding.mse_final,
         "changed": None if rounding is None else rounding.changed,
         "sqnr_db": None if checked is None else checked.layer_sqnr.get(layer.node),
-        "runs_in_integer": None if checked is None else layer.node in checked.integer_layers,
+        "runs_in_integer": layer.node in fusion.integer,
+        "in_float_because": fusion.fallen.get(layer.node),
     }
 
 
 def _verified(verification: Verification) -> dict[str, Any]:
     """The fields, with what follows from them; what is told per layer is left out."""
     fields = asdict(verification)
-    for told_per_layer in ("layer_sqnr", "integer_layers", "float_layers"):
-        del fields[told_per_layer]
+    del fields["layer_sqnr"]
     fields["outputs"] = [
         {**asdict(output), "agreement": output.agreement} for output in verification.outputs
     ]
@@ -155,6 +186,11 @@ def _verified(verification: Verification) -> dict[str, Any]:
         }
     fields["latency"]["speedup"] = verification.latency.speedup
     return fields
+
+
+def _checked(checked: Checked) -> dict[str, Any]:
+    """The fields, with the share of multiply-accumulates in integer."""
+    return {**asdict(checked), "integer_share": checked.fusion.integer_share}
 
 
 def _finite(value: Any) -> Any:
@@ -215,7 +251,7 @@ def _layer_table(result: QuantizeResult) -> Table:
     return table
 
 
-def _comparison(verification: Verification) -> Table:
+def _comparison(verification: Verification, *, elsewhere: bool) -> Table:
     table = _table("", ">float", ">quantised", ">change")
     if (accuracy := verification.accuracy) is not None:
         table.add_row(
@@ -232,7 +268,7 @@ def _comparison(verification: Verification) -> Table:
         _size(verification.quantised_bytes),
         f"{verification.float_bytes / verification.quantised_bytes:.2f}x smaller",
     )
-    _add_latency(table, verification.latency)
+    _add_latency(table, verification.latency, " in ONNX Runtime here" if elsewhere else "")
     return table
 
 
@@ -246,10 +282,10 @@ def _add_output(table: Table, output: OutputComparison, samples: int) -> None:
     table.add_row(f"{output.name}: largest error", "", "", f"{output.max_abs_error:.3g}")
 
 
-def _add_latency(table: Table, latency: Latency) -> None:
+def _add_latency(table: Table, latency: Latency, where: str) -> None:
     low, high = latency.spread
     table.add_row(
-        f"latency (batch {latency.batch}, 1 thread)",
+        f"latency{where} (batch {latency.batch}, 1 thread)",
         f"{latency.float_ms:.2f} ms",
         f"{latency.quantised_ms:.2f} ms",
         f"{latency.speedup:.2f}x as fast ({low:.2f} to {high:.2f})",
@@ -264,15 +300,32 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def _remarks(verification: Verification) -> Iterable[str]:
-    layers = len(verification.integer_layers) + len(verification.float_layers)
-    if layers:
-        left = verification.float_layers
-        rest = f"; in float: {_named(left)}" if left else ""
-        done = len(verification.integer_layers)
-        yield f"{done} of {layers} layers run in integer in ONNX Runtime{rest}"
-    if verification.not_compared:
-        yield f"not compared with float: {_named(verification.not_compared)}"
+def _fusion_lines(fusion: Fusion) -> Iterable[str]:
+    """How many layers run in integer, and a line for each reason why others do not."""
+    total = len(fusion.integer) + len(fusion.fallen)
+    if not total:
+        return
+    where = "in" if fusion.measured else "by the rules of"
+    share = "" if fusion.integer_share is None else f", {fusion.integer_share:.1%} of the MACs"
+    done = len(fusion.integer)
+    yield f"{done} of {total} layers run in integer {where} {fusion.runtime}{share}"
+    reasons: dict[str, list[str]] = {}
+    for node, why in fusion.fallen.items():
+        reasons.setdefault(why, []).append(node)
+    for why, nodes in reasons.items():
+        yield f"in float, {why}: {_named(tuple(nodes))}"
+
+
+def _finding_lines(checked: Checked) -> Iterable[str]:
+    for found in checked.findings[:_FEW]:
+        yield f"check: {found.node}: {found.why} [{found.rule}]"
+    if (more := len(checked.findings) - _FEW) > 0:
+        yield f"check: {more} more, all in the report"
+
+
+def _release_line(checked: Checked) -> Iterable[str]:
+    if checked.oldest_onnxruntime is not None:
+        yield f"loads in ONNX Runtime {checked.oldest_onnxruntime} or newer"
 
 
 def _named(names: tuple[str, ...]) -> str:

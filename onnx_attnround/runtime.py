@@ -48,13 +48,15 @@ def open_session(
     *,
     threads: int | None = None,
     optimised_model: Path | None = None,
+    optimise: bool = True,
     signed_activations: bool = False,
 ) -> ort.InferenceSession:
     """A CPU session on ``model``; raises ``ModelError`` if ONNX Runtime refuses it.
 
     ``threads`` bounds the threads inside an op (default: all cores);
-    ``optimised_model`` is where ONNX Runtime writes the graph that it runs;
-    ``signed_activations`` fuses them as ONNX Runtime does by itself on ARM alone.
+    ``optimised_model`` is where ONNX Runtime writes the graph that it runs, with
+    ``optimise`` false as it is given. ``signed_activations`` are fused, as they
+    are by default on ARM alone.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
@@ -63,6 +65,8 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for library in _libraries.get():
         options.register_custom_ops_library(library)
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if signed_activations:
         options.add_session_config_entry("session.qdqisint8allowed", "1")
     if optimised_model is not None:

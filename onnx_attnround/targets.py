@@ -83,6 +83,7 @@ class Target:
     absorbed: Ops
     drop_absorbed: bool = False
     float_output: Ops
+    float_input: Ops = frozenset()
     per_tensor: Ops = frozenset()
     weight_storages: Annotated[tuple[WeightStorage, ...], Field(min_length=1)]
     int32_bias: bool
@@ -127,13 +128,16 @@ _ORT = Target(
 # ARM kernels multiply signed by signed; the zero point stays free, so that a Q absorbs a Relu.
 _ORT_ARM = replace(_ORT, name="ort-arm", activation_signed=True)
 
+# It moves a DQ behind a Pad and then pads with code 0, also where that is not the zero point.
 _OPENVINO = replace(
     _ORT,
     name="openvino",
     runtime="openvino",
     activation_bits=frozenset({8}),
     quantised_outputs=False,
+    movement=_MOVEMENT - {"Pad"},
     float_output=_MATRIX,
+    float_input=frozenset({"Pad"}),
     weight_storages=("packed", "int8", "int4"),
     int32_bias=False,
 )

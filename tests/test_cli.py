@@ -17,6 +17,7 @@ import pytest
 
 from onnx_attnround import errors, pipeline, progress
 from onnx_attnround.__main__ import main
+from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.preprocess import PREPROCESS
 from onnx_attnround.records import Event
@@ -53,6 +54,10 @@ def empty_result() -> pipeline.QuantizeResult:
         plan=plan,
         allocation=pipeline.BitAllocation(bits={}, coding_length={}, mean_bits=8.0),
         roundings={},
+        checked=Checked(
+            target="ort", findings=(), oldest_onnxruntime=None, ran=False,
+            fusion=Fusion(runtime="none", measured=False, integer=(), fallen={}, macs={}),
+        ),
         verification=None,
         notes=("a remark",),
         seconds={},

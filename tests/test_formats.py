@@ -259,8 +259,7 @@ def test_float16_throughout(tmp_path: Path) -> None:
     result = convert(halved(NET, "float16"), tmp_path)
     assert layers(result) == ["Conv", "MatMul"]
     assert half_values(result.model) == set()
-    assert result.verification is not None
-    assert len(result.verification.integer_layers) == 2
+    assert len(result.checked.fusion.integer) == 2
 
 
 MIXED = """net (float[N,4] x) => (float[N,3] y) <float[4,4] v, float[4,3] w> {
@@ -323,8 +322,7 @@ def test_what_is_quantised_already_is_left_alone(bits: int, tmp_path: Path) -> N
     second = convert(proto, tmp_path, weight_bits=bits, first_last_bits=bits, sqnr=12)
     assert [layer.node for layer in second.plan.layers] == ["Conv_1"]
     assert second.plan.skipped == dict.fromkeys(("Conv_0", "MatMul_0"), "already quantised")
-    assert second.verification is not None
-    assert second.verification.integer_layers == ("Conv_1",)
+    assert set(second.checked.fusion.integer) == {"Conv_0", "Conv_1", "MatMul_0"}
     with pytest.raises(ModelError, match="nothing to quantise.*already quantised"):
         convert(ir.to_proto(second.model), tmp_path)
 

@@ -20,7 +20,7 @@ _NAMES = (
     "records",
     "quantizer graph ops store stages progress",
     "config runtime simplify qdq moments shadow",
-    "allocate preprocess plan rounding",
+    "allocate check preprocess plan rounding",
     "samples narrow",
     "calibrate walk verify",
     "blocks",

@@ -31,7 +31,7 @@ from onnx_attnround.runtime import open_session
 MODELS = Path(__file__).resolve().parent.parent / "models"
 RESNET, MOBILENET = MODELS / "digits_resnet.onnx", MODELS / "digits_mobilenet.onnx"
 EVALUATION = MODELS / "digits_eval.npz"
-STAGES = ["load", "simplify", "plan", "calibrate", "round", "write", "verify"]
+STAGES = ["load", "simplify", "plan", "calibrate", "round", "write", "check", "verify"]
 
 
 def samples(count: int = 64) -> np.ndarray:
@@ -107,7 +107,9 @@ def test_the_result_tells_all_of_the_run() -> None:
     assert result.verification.samples == 64
     assert result.verification.accuracy is None
     assert set(result.verification.layer_sqnr) == set(names)
-    assert set(result.verification.integer_layers) == set(names)
+    assert result.checked.fusion.integer == tuple(names)
+    assert result.checked.fusion.integer_share == 1.0
+    assert result.checked.findings == ()
     assert result.verification.quantised_bytes < result.verification.float_bytes
 
 

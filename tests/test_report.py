@@ -14,12 +14,20 @@ import pytest
 from rich.console import RenderableType
 from small_models import build
 
+from onnx_attnround.check import Checked, Finding, Fusion
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
 from onnx_attnround.pipeline import QuantizeResult
 from onnx_attnround.progress import console_on
 from onnx_attnround.records import BitAllocation, LayerPlan, LayerRounding, QuantPlan, QuantSpec
-from onnx_attnround.report import console, plan_tables, report_dict, write_json
+from onnx_attnround.report import (
+    check_console,
+    console,
+    plan_tables,
+    report_dict,
+    write_check,
+    write_json,
+)
 from onnx_attnround.targets import TARGETS
 from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
 
@@ -71,6 +79,21 @@ def result() -> QuantizeResult:
                 changed=0.125,
             )
         },
+        checked=Checked(
+            target="ort",
+            findings=(
+                Finding(rule="zero-point-missing", node="head", why="write zeros", refused=False),
+            ),
+            fusion=Fusion(
+                runtime="ONNX Runtime 1.31.1",
+                measured=True,
+                integer=("/body/conv[0]",),
+                fallen={"head": "its bias is float"},
+                macs={"/body/conv[0]": 3_000_000, "head": 1_000_000},
+            ),
+            oldest_onnxruntime="1.18",
+            ran=True,
+        ),
         verification=Verification(
             samples=256,
             outputs=(
@@ -87,8 +110,6 @@ def result() -> QuantizeResult:
             ),
             float_bytes=4_000_000,
             quantised_bytes=1_000_000,
-            integer_layers=("/body/conv[0]",),
-            float_layers=("head",),
         ),
         notes=("no calibration samples: weights only",),
         seconds={"plan": 0.5, "round": 2.0},
@@ -129,9 +150,17 @@ def test_the_report_holds_every_figure(result: QuantizeResult) -> None:
         "changed": 0.125,
         "sqnr_db": 28.5,
         "runs_in_integer": True,
+        "in_float_because": None,
     }
     assert report["layers"][1]["mse_final"] is None
     assert report["layers"][1]["runs_in_integer"] is False
+    assert report["layers"][1]["in_float_because"] == "its bias is float"
+    assert report["check"]["integer_share"] == 0.75
+    assert report["check"]["oldest_onnxruntime"] == "1.18"
+    assert report["check"]["fusion"]["runtime"] == "ONNX Runtime 1.31.1"
+    assert report["check"]["findings"] == [
+        {"rule": "zero-point-missing", "node": "head", "why": "write zeros", "refused": False}
+    ]
     assert report["skipped"] == {"lstm": "op LSTM is not supported"}
     assert report["mean_bits"] == 4.0
     assert report["seconds"] == {"plan": 0.5, "round": 2.0}
@@ -159,7 +188,7 @@ def test_the_report_does_without_verification(result: QuantizeResult) -> None:
     report = report_dict(replace(result, verification=None), QuantConfig())
     assert report["verification"] is None
     assert report["layers"][0]["sqnr_db"] is None
-    assert report["layers"][0]["runs_in_integer"] is None
+    assert report["layers"][0]["runs_in_integer"] is True
 
 
 def test_the_file_is_strict_json(result: QuantizeResult, tmp_path: Path) -> None:
@@ -192,7 +221,10 @@ def test_the_console_compares(result: QuantizeResult) -> None:
     assert row(printed, "size") == ["4.00", "MB", "1.00", "MB", "4.00x", "smaller"]
     assert row(printed, "latency (batch 16, 1 thread)")[:4] == ["8.00", "ms", "5.00", "ms"]
     assert "1.60x as fast (1.50 to 1.75)" in printed
-    assert "1 of 2 layers run in integer in ONNX Runtime; in float: head" in printed
+    assert "1 of 2 layers run in integer in ONNX Runtime 1.31.1, 75.0% of the MACs" in printed
+    assert "in float, its bias is float: head" in printed
+    assert "check: head: write zeros [zero-point-missing]" in printed
+    assert "loads in ONNX Runtime 1.18 or newer" in printed
     assert "not compared with float: head" in printed
     assert "6.00 bits per weight; layers by bits: 1 at 4, 1 at 8" in printed
     assert "note: no calibration samples: weights only" in printed
@@ -209,12 +241,31 @@ def test_the_console_lists_layers_if_verbose(result: QuantizeResult) -> None:
     assert "wrote" not in printed
 
 
+def test_the_console_tells_where_latency_was_measured(result: QuantizeResult) -> None:
+    elsewhere = replace(result, plan=replace(result.plan, target=TARGETS["tensorrt"]))
+    printed = text(console(elsewhere, output=None, verbose=False))
+    assert "latency in ONNX Runtime here (batch 16, 1 thread)" in printed
+    assert "loads in ONNX Runtime" not in printed
+
+
+def test_the_check_is_printed_and_written(result: QuantizeResult, tmp_path: Path) -> None:
+    printed = text(check_console(result.checked))
+    assert row(printed, "slow") == ["head", "zero-point-missing", "write", "zeros"]
+    assert "is broken" not in printed
+    clean = replace(result.checked, findings=(), ran=False)
+    printed = text(check_console(clean))
+    assert "no rule of target 'ort' is broken" in printed
+    assert "not run" in printed
+    write_check(tmp_path / "check.json", result.checked)
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["check"] == report_dict(result, QuantConfig())["check"]
+
+
 def test_many_names_are_counted(result: QuantizeResult) -> None:
-    names = tuple(f"n{i}" for i in range(8))
-    assert result.verification is not None
-    found = replace(result.verification, float_layers=names)
-    printed = text(console(replace(result, verification=found), output=None, verbose=False))
-    assert "in float: n0, n1, n2, n3, n4 and 3 more" in printed
+    fallen = {f"n{i}": "its bias is float" for i in range(8)}
+    found = replace(result.checked, fusion=replace(result.checked.fusion, fallen=fallen))
+    printed = text(console(replace(result, checked=found), output=None, verbose=False))
+    assert "in float, its bias is float: n0, n1, n2, n3, n4 and 3 more" in printed
 
 
 def test_the_plan_names_what_is_quantised_and_what_is_not(result: QuantizeResult) -> None:

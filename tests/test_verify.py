@@ -191,33 +191,6 @@ def test_a_static_batch_is_kept_to() -> None:
     assert found.accuracy.samples == 16
 
 
-def test_layers_in_integer_are_told_from_those_in_float() -> None:
-    model = build(INTEGER)
-    plans = [layer("first", "hidden"), layer("second", "scores")]
-    found = verify(model, model, noise(model, 20), layers=plans)
-    assert found.integer_layers == ("first",)
-    assert found.float_layers == ("second",)
-
-
-def test_layers_are_recognised_behind_a_change_of_layout() -> None:
-    """Convolutions are renamed when ONNX Runtime turns them to channels last."""
-    model = build(
-        """net (float[N, 4, 6, 6] x) => (float[N, 4, 6, 6] y)
-        <float s = {0.05}, uint8 z = {0}, int8 zw = {0}, int8[4, 4, 1, 1] w = {
-            1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7}>
-        {
-            a = QuantizeLinear(x, s, z)
-            b = DequantizeLinear(a, s, z)
-            wd = DequantizeLinear(w, s, zw)
-            [conv] c = Conv(b, wd)
-            d = QuantizeLinear(c, s, z)
-            y = DequantizeLinear(d, s, z)
-        }"""
-    )
-    found = verify(model, model, noise(model, 4), layers=[layer("conv", "c")])
-    assert found.integer_layers == ("conv",)
-
-
 def test_latency_and_sizes_are_measured() -> None:
     model = build(TWO_LAYERS)
     found = verify(model, perturbed(model, "w2"), noise(model, 20))
@@ -360,8 +333,6 @@ def verification(**changes: object) -> Verification:
         ),
         "float_bytes": 400,
         "quantised_bytes": 100,
-        "integer_layers": (),
-        "float_layers": (),
     }
     return Verification(**{**figures, **changes})
 

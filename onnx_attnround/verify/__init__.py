@@ -64,7 +64,7 @@ def verify(
         open_pair(models, threads), batches(compared, BATCH, limit), labels, step
     )
     layer_sqnr = compare_layers(models, layers, samples, threads, step)
-    latency, integer = measure_speed(models, samples)
+    latency = measure_speed(models, samples)
     step("latency", total)
     return Verification(
         samples=count,
@@ -78,8 +78,6 @@ def verify(
         latency=latency,
         float_bytes=serialised_bytes(float_model),
         quantised_bytes=serialised_bytes(quantised),
-        integer_layers=tuple(layer.node for layer in layers if layer.node in integer),
-        float_layers=tuple(layer.node for layer in layers if layer.node not in integer),
     )
 
 

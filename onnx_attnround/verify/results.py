@@ -84,9 +84,8 @@ class Verification:
 
     ``outputs`` were compared over ``samples`` samples; ``layer_sqnr`` maps a
     planned layer's node name to the SQNR of its output in dB, ``not_compared``
-    names the layers and graph outputs that could not be. ``integer_layers`` and
-    ``float_layers`` part the planned layers by how ONNX Runtime runs them. Sizes
-    are those of the serialised models, in bytes.
+    names the layers and graph outputs that could not be. Sizes are those of the
+    serialised models, in bytes.
     """
 
     samples: int
@@ -97,8 +96,6 @@ class Verification:
     latency: Latency
     float_bytes: int
     quantised_bytes: int
-    integer_layers: tuple[str, ...]
-    float_layers: tuple[str, ...]
 
     @property
     def worst_output(self) -> OutputComparison | None:

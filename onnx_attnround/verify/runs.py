@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -23,15 +22,14 @@ Step = Callable[[str, int], None]
 BATCH = 16
 
 
-def open_pair(models: Models, threads: int | None, optimised: Path | None = None) -> Runs:
+def open_pair(models: Models, threads: int | None) -> Runs:
     """Runs of the float and the quantised model, on up to ``threads`` threads.
 
-    ``optimised`` is where ONNX Runtime writes the quantised graph as it runs it.
     Raises ``ModelError`` or ``OutputError`` for a model that does not load.
     """
     return (
         _open(models[0], "float", ModelError, threads=threads),
-        _open(models[1], "quantised", OutputError, threads=threads, optimised_model=optimised),
+        _open(models[1], "quantised", OutputError, threads=threads),
     )
 
 

@@ -1,0 +1,80 @@
+"""Whether a file deploys on a target: rules of its runtime, what it loads, what it fuses.
+
+A rule is a short function that finds the nodes that break it; the rules of a
+runtime are a table in the module of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnx_attnround.check import openvino, ort, plugin, qnn, tensorrt
+from onnx_attnround.check.fusion import Fusion, expected_fusion, find_fusion
+from onnx_attnround.check.rules import Finding, Rule, apply
+from onnx_attnround.check.running import find_faults, made_up_feed
+from onnx_attnround.check.versions import oldest_onnxruntime
+from onnx_attnround.check.view import View
+from onnx_attnround.errors import ModelError
+from onnx_attnround.records import Array
+from onnx_attnround.targets import Runtime, Target
+
+__all__ = ["RULES", "Checked", "Finding", "Fusion", "Rule", "check"]
+
+RULES: dict[Runtime, tuple[Rule, ...]] = {
+    "onnxruntime": ort.RULES,
+    "openvino": openvino.RULES,
+    "tensorrt": tensorrt.RULES,
+    "qnn": qnn.RULES,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What the check of a file found.
+
+    ``findings`` are the rules that it breaks, those that the runtime refuses
+    first. ``oldest_onnxruntime`` is the oldest release known to load the file.
+    ``ran`` says whether the runtime ran it: TensorRT and QNN never do here.
+    """
+
+    target: str
+    findings: tuple[Finding, ...]
+    fusion: Fusion
+    oldest_onnxruntime: str | None
+    ran: bool
+
+    @property
+    def refused(self) -> tuple[Finding, ...]:
+        """The findings for which the runtime refuses the file, or computes something else."""
+        return tuple(finding for finding in self.findings if finding.refused)
+
+
+def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = None) -> Checked:
+    """Check a QDQ ``model`` against the rules of ``target``, and run it where its runtime is.
+
+    ``feed`` is a batch of inputs by name to run it on; without, it is noise, where
+    shapes are known but for the batch.
+    """
+    view = View(model, target)
+    findings = apply(RULES[target.runtime], view)
+    runs = target.runtime == "onnxruntime" or (
+        target.runtime == "openvino" and plugin.available()
+    )
+    try:
+        fusion = find_fusion(view)
+    except ModelError as error:
+        runs, fusion = False, expected_fusion(view)
+        findings += (Finding(rule="does-not-load", node="(model)", why=str(error), refused=True),)
+    given = feed or made_up_feed(model)
+    if runs and given is not None:
+        findings += tuple(find_faults(view, given))
+    return Checked(
+        target=target.name,
+        findings=tuple(sorted(findings, key=lambda finding: not finding.refused)),
+        fusion=fusion,
+        oldest_onnxruntime=oldest_onnxruntime(view),
+        ran=runs and given is not None,
+    )

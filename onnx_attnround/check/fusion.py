@@ -1,0 +1,128 @@
+"""Which layers run in integer: read from what the runtime made of the model, where it can run."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnx_attnround.check import plugin
+from onnx_attnround.check.reasons import reason
+from onnx_attnround.check.view import Layer, View
+from onnx_attnround.ops import count_macs
+from onnx_attnround.runtime import open_session
+
+# The weighted ops that ONNX Runtime's fusions leave where a layer runs in integer.
+INTEGER_OPS = frozenset({
+    "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
+    "QLinearConv", "QLinearMatMul",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """The layers with constant weights, parted by how ``runtime`` runs them.
+
+    ``measured`` if that was read from the runtime; else it follows from its rules.
+    ``fallen`` maps the layers in float to the reason. ``macs`` are
+    multiply-accumulates for one sample, ``None`` where shapes are unknown.
+    """
+
+    runtime: str
+    measured: bool
+    integer: tuple[str, ...]
+    fallen: Mapping[str, str]
+    macs: Mapping[str, int | None]
+
+    @property
+    def integer_share(self) -> float | None:
+        """The share of all multiply-accumulates in integer; ``None`` if some are unknown."""
+        known = [count for count in self.macs.values() if count is not None]
+        if len(known) < len(self.macs) or not sum(known):
+            return None
+        return sum(self.macs[node] or 0 for node in self.integer) / sum(known)
+
+
+def find_fusion(view: View) -> Fusion:
+    """How the target's runtime runs each layer; raises ``ModelError`` if it refuses the model."""
+    seen = _SEEN.get(view.target.runtime)
+    if seen is None or (view.target.runtime == "openvino" and not plugin.available()):
+        return expected_fusion(view)
+    runtime, integer = seen(view)
+    return _fusion(view, runtime, True, lambda layer: layer.name in integer)
+
+
+def expected_fusion(view: View) -> Fusion:
+    """How the runtime should run each layer, by its rules."""
+    return _fusion(view, view.target.runtime, False, lambda layer: reason(view, layer) is None)
+
+
+def _fusion(view: View, runtime: str, measured: bool, runs: Callable[[Layer], bool]) -> Fusion:
+    integer = tuple(layer.name for layer in view.layers if runs(layer))
+    return Fusion(
+        runtime=runtime,
+        measured=measured,
+        integer=integer,
+        fallen={
+            layer.name: reason(view, layer) or "the runtime did not fuse it, for no known reason"
+            for layer in view.layers
+            if layer.name not in integer
+        },
+        macs={layer.name: _macs(layer) for layer in view.layers},
+    )
+
+
+def _macs(layer: Layer) -> int | None:
+    node = layer.node
+    x, weight, y = (_shape(value) for value in (node.inputs[0], node.inputs[1], node.outputs[0]))
+    if weight is None or None in weight:
+        return None
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return count_macs(node.op_type, attributes, [d for d in weight if d is not None], x, y)
+
+
+def _shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
+    if value is None or value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def _seen_by_ort(view: View) -> tuple[str, frozenset[str]]:
+    """Nodes that run in integer, by the graph that ONNX Runtime optimised.
+
+    Layout changes add ``_token_<n>`` to the name of the node that they replace.
+    """
+    signed = view.target.activation_signed
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        open_session(view.model, signed_activations=signed, optimised_model=path)
+        nodes = onnx.load(path, load_external_data=False).graph.node
+    names = [node.name for node in nodes if node.op_type in INTEGER_OPS]
+    integer = frozenset(names) | {re.sub(r"(_token_\d+)+$", "", name) for name in names}
+    return f"ONNX Runtime {ort.__version__}", integer
+
+
+def _seen_by_openvino(view: View) -> tuple[str, frozenset[str]]:
+    """Nodes that run in integer, by the types of the kernels that OpenVINO chose."""
+    compiled = plugin.compile_model(view.model)
+    origins = frozenset[str]().union(*plugin.integer_kernels(compiled))
+    integer = {layer.name for layer in view.layers if _origins(layer) & origins}
+    return f"OpenVINO {plugin.version()}", frozenset(integer)
+
+
+def _origins(layer: Layer) -> set[str]:
+    """What OpenVINO may call a node: by its name, or by its output if that ends the graph."""
+    output = layer.node.outputs[0].name or ""
+    return {layer.name, f"{layer.name}/WithoutBiases", output, f"{output}_original"}
+
+
+_SEEN: dict[str, Callable[[View], tuple[str, frozenset[str]]]] = {
+    "onnxruntime": _seen_by_ort,
+    "openvino": _seen_by_openvino,
+}

@@ -1,0 +1,62 @@
+"""OpenVINO: what its ONNX reader takes, and what its CPU plugin runs in integer.
+
+Each rule was tried on OpenVINO 2026.4.1 (docs/targets.md).
+"""
+
+from __future__ import annotations
+
+from onnx_attnround.check.rules import COMMON, Found, Rule
+from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, is_zero
+
+_TYPES = {"INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16", "INT32"}
+
+
+def type_not_taken(view: View) -> Found:
+    """Codes have 4, 8 or 16 bits, those of a bias 32: other types do not load."""
+    for link in view.links:
+        stored = link.codes if link.stored is None else link.stored
+        for dtype in dict.fromkeys((stored, link.codes)):
+            if dtype.name not in _TYPES:
+                yield link.name, f"{dtype.name} codes: OpenVINO takes 4, 8 and 16 bits"
+
+
+def zero_point_missing(view: View) -> Found:
+    """A Q without zero point makes UINT8 codes, whatever reads them: it is always written."""
+    for link in view.links:
+        if link.node.op_type == QUANTISE and not link.has_point:
+            yield link.name, "no zero point: it is taken as UINT8; write it"
+
+
+def scale_of_rank_2(view: View) -> Found:
+    """Under quantised activations scales are scalar or 1-D: blocks run in float."""
+    for layer in view.layers:
+        if layer.weight is not None and layer.weight.blocked and layer.x is not None:
+            yield layer.name, "block-wise weights under quantised activations run in float"
+
+
+def pad_of_offset_codes(view: View) -> Found:
+    """A DQ before a Pad is moved behind it, which then pads with code 0: a wrong value."""
+    for node in view.model.graph:
+        link = view.dequantised(node.inputs[0]) if node.op_type == "Pad" else None
+        if link is not None and not is_zero(link.point):
+            yield node.name or "", (
+                "pads a dequantised tensor whose zero point is not 0: OpenVINO pads with a wrong "
+                "value; pad before the QuantizeLinear"
+            )
+
+
+def sixteen_bits(view: View) -> Found:
+    """16-bit Q/DQ are left out: their readers compute in float, and nothing clips to the range."""
+    for link in view.activations(DEQUANTISE):
+        if link.codes.name in ("INT16", "UINT16"):
+            yield link.name, "16-bit activations: OpenVINO leaves them float, and does not clip"
+
+
+RULES = (
+    *COMMON,
+    Rule(type_not_taken),
+    Rule(zero_point_missing),
+    Rule(pad_of_offset_codes),
+    Rule(scale_of_rank_2, refused=False),
+    Rule(sixteen_bits, refused=False),
+)

@@ -1,0 +1,120 @@
+"""Rules as data: what a rule is, what it finds, and those that every runtime has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, constant
+from onnx_attnround.ops import WEIGHTED_OPS
+
+Found = Iterator[tuple[str, str]]
+"""Names of nodes, and what is wrong with each and what helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: a function of the model that finds the nodes that break it.
+
+    A model that breaks a rule with ``refused`` does not load, or computes something
+    else; one that breaks another runs, but slower than it could.
+    """
+
+    find: Callable[[View], Found]
+    refused: bool = True
+
+    @property
+    def name(self) -> str:
+        """The name of the function, as the report has it."""
+        return self.find.__name__.replace("_", "-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One node that breaks a rule; ``refused`` as in the rule."""
+
+    rule: str
+    node: str
+    why: str
+    refused: bool
+
+
+def apply(rules: tuple[Rule, ...], view: View) -> tuple[Finding, ...]:
+    """All that the rules find, in their order."""
+    return tuple(
+        Finding(rule=rule.name, node=node, why=why, refused=rule.refused)
+        for rule in rules
+        for node, why in rule.find(view)
+    )
+
+
+def opset_too_new(view: View) -> Found:
+    """The runtime reads opsets up to that of its target."""
+    newest = view.target.max_opset
+    if newest is not None and view.opset > newest:
+        yield "(model)", f"opset {view.opset}: up to {newest} is read; export it with that opset"
+
+
+def scale_not_positive(view: View) -> Found:
+    """Scales are positive and finite."""
+    for link in view.links:
+        if link.scale is not None:
+            scales = np.asarray(link.scale, np.float64)
+            if not (np.isfinite(scales) & (scales > 0)).all():
+                yield link.name, f"a scale is {scales.min():g}: scales must be positive"
+
+
+def zero_point_of_other_shape(view: View) -> Found:
+    """A zero point has the shape of its scale."""
+    for link in view.links:
+        if link.scale is not None and link.point is not None and (
+            link.scale.size != link.point.size
+        ):
+            yield link.name, (
+                f"zero point of shape {list(link.point.shape)}, scale of shape "
+                f"{list(link.scale.shape)}: they must be the same"
+            )
+
+
+def activation_per_channel(view: View) -> Found:
+    """Activations have one scale."""
+    for link in view.activations(QUANTISE):
+        if not link.per_tensor:
+            yield link.name, "an activation has one scale per channel: give it one in all"
+
+
+def weight_axis(view: View) -> Found:
+    """The scales of a weight lie along the axis of its outputs: Conv 0, ConvTranspose 1."""
+    for layer in view.layers:
+        link = layer.weight
+        if link is None or link.per_tensor or link.blocked:
+            continue
+        attributes = {name: item.value for name, item in layer.node.attributes.items()}
+        axis = WEIGHTED_OPS[layer.node.op_type].channel_axis(attributes)
+        data = link.node.inputs[0]
+        rank = len(data.shape) if data is not None and data.shape is not None else 0
+        if (link.axis + rank if link.axis < 0 else link.axis) != axis:
+            yield layer.name, f"scales of its weight along axis {link.axis}: expected {axis}"
+
+
+def codes_changed_on_the_way(view: View) -> Found:
+    """Between Q and DQ, and before the DQ of a weight, nothing happens to the codes."""
+    for link in view.links:
+        data = link.node.inputs[0]
+        producer = None if data is None or constant(data) is not None else data.producer()
+        if link.node.op_type == DEQUANTISE and producer and producer.op_type != QUANTISE:
+            yield link.name, f"reads codes from {producer.op_type}: expected QuantizeLinear"
+
+
+def half_quantised(view: View) -> Found:
+    """A layer runs in integer if both its input and its weight are quantised."""
+    for layer in view.layers:
+        if layer.weight is not None and layer.x is None and not layer.weight.blocked:
+            yield layer.name, "its weight is quantised, its input is not: it runs in float"
+        elif layer.x is not None and layer.weight is None:
+            yield layer.name, "its input is quantised, its weight is not: it runs in float"
+
+
+COMMON = (Rule(opset_too_new), Rule(scale_not_positive), Rule(zero_point_of_other_shape))
