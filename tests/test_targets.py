@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,12 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, words: list[
     assert "\n" not in message
     assert message.startswith("option 'target': ")
     assert all(word in message for word in [*words, path])
+
+
+def test_the_example_in_the_documents_is_valid(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "targets.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert get_target(written(tmp_path, example)).weight_storages == ("int8",)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
