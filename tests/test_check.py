@@ -356,6 +356,13 @@ def test_openvino_tells_its_kernels(weight: dict[str, Any], integer: bool) -> No
     assert fusion.integer == (("y",) if integer else ())
 
 
+def test_without_openvino_its_rules_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "available", lambda: False)
+    checked = check(conv({}, {"dtype": "INT4"}), TARGETS["openvino"])
+    assert not checked.fusion.measured and not checked.ran
+    assert "no integer kernel for INT4" in checked.fusion.fallen["y"]
+
+
 def test_the_share_in_integer_counts_multiply_accumulates() -> None:
     made = Builder()
     first = made.node("Conv", [made.qdq("x", "in"), made.weight("w1", (4, 4, 3, 3))], "c1")
