@@ -19,6 +19,7 @@ import numpy as np
 
 from onnx_attnround import QuantConfig, QuantizeResult, quantize
 from onnx_attnround.check import plugin
+from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import input_specs
 from onnx_attnround.preprocess import load_preprocess
 from onnx_attnround.records import Array
@@ -85,7 +86,10 @@ def _cells(options: argparse.Namespace, target: str, storage: str) -> list[str]:
 
 def _in_openvino(result: QuantizeResult, feeds: list[dict[str, Array]]) -> tuple[str, str, str]:
     """Top-1 agreement with ONNX Runtime, layers with integer kernels, and milliseconds."""
-    compiled = plugin.compile_model(result.model, threads=1)
+    try:
+        compiled = plugin.compile_model(result.model, threads=1)
+    except ModelError:
+        return "refused", "–", "–"
     session = open_session(result.model, threads=1, optimise=False)
     same = [_same(session.run(None, feed)[0], plugin.run(compiled, feed)) for feed in feeds]
     times = []
