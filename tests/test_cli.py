@@ -54,6 +54,7 @@ def empty_result() -> pipeline.QuantizeResult:
         plan=plan,
         allocation=pipeline.BitAllocation(bits={}, coding_length={}, mean_bits=8.0),
         roundings={},
+        blocks=(),
         checked=Checked(
             target="ort", findings=(), oldest_onnxruntime=None, ran=False,
             fusion=Fusion(runtime="none", measured=False, integer=(), fallen={}, macs={}),
