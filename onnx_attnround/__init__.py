@@ -21,6 +21,7 @@ from onnx_attnround.errors import (
 )
 
 if TYPE_CHECKING:
+    from onnx_attnround.pareto import trade_off
     from onnx_attnround.pipeline import QuantizeResult, check_model, make_plan, quantize
 
 # Else the official builds of ONNX Runtime from 1.29 on report on the models that they run.
@@ -38,6 +39,7 @@ __all__ = [
     "check_model",
     "make_plan",
     "quantize",
+    "trade_off",
 ]
 
 
@@ -47,4 +49,8 @@ def __getattr__(name: str) -> Any:
         from onnx_attnround import pipeline
 
         return getattr(pipeline, name)
+    if name == "trade_off":
+        from onnx_attnround.pareto import trade_off
+
+        return trade_off
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

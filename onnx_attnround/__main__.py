@@ -14,19 +14,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
 from onnx_attnround.config import QuantConfig, read_config
-from onnx_attnround.errors import AttnRoundError, ConfigError, GateError, ModelError
+from onnx_attnround.convert import Options
+from onnx_attnround.convert import run as _run
+from onnx_attnround.errors import AttnRoundError, ConfigError
 from onnx_attnround.targets import TARGETS, WeightStorage
-
-if TYPE_CHECKING:
-    from onnx_attnround.pipeline import QuantizeResult
 
 SIGNALLED = 128  # plus the signal's number, as shells have it
 GRACE = 1.0  # seconds in which a signal that is sent again does not disturb the cleaning up
@@ -36,29 +34,13 @@ EPILOG = "\n\n".join((
     "onnx-attnround in.onnx out.onnx --calib samples.npz",
     "onnx-attnround in.onnx out.onnx --calib photos/ --preprocess imagenet",
     "onnx-attnround in.onnx out.onnx --calib c.npz --mean-bits 4 --min-sqnr 20",
+    "onnx-attnround in.onnx out.onnx --calib c.npz --mean-bits 3,4,6",
     "onnx-attnround in.onnx --weight-bits 4 --exclude '/head/*' --dry-run",
     "onnx-attnround --check quantised.onnx --target tensorrt",
     "Exit codes: 0 done, 1 failed, 2 usage, 3 gate missed, 130 interrupted.",
 ))  # fmt: skip
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the user asked for, beside the config."""
-
-    model: Path
-    output: Path | None
-    calib: Path | None
-    preprocess: str | None
-    evaluation: Path | None
-    config_file: Path | None
-    report: Path | None
-    dry_run: bool
-    check: bool
-    quiet: bool
-    verbose: bool
 
 
 def _choices(key: str) -> tuple[Any, ...]:
@@ -139,10 +121,11 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         ),
     ] = None,
     mean_bits: Annotated[
-        float | None,
+        str | None,
         _setting(
             "mean_bits",
-            "Mixed precision: mean bits per weight, each layer's chosen among --bit-choices.",
+            "Mixed precision: mean bits per weight, each layer's chosen among --bit-choices. "
+            "Several, as in 3,4,6: a file for each, OUT with .w3 and so on, and what they cost.",
             panel=_BITS,
         ),
     ] = None,
@@ -281,6 +264,7 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
     options = Options(
         model=model,
         output=output,
+        mean_bits=tuple(mean_bits.split(",")) if mean_bits and "," in mean_bits else (),
         calib=calib,
         preprocess=preprocess,
         evaluation=evaluation,
@@ -375,117 +359,14 @@ def _fail(message: str, code: int) -> int:
 
 
 def _config(path: Path | None, given: dict[str, Any]) -> QuantConfig:
-    """The file's settings, overridden by the options that were given."""
+    """The file's settings, overridden by the options that were given; the first of mean bits."""
     settings = {} if path is None else read_config(path)
     for key in QuantConfig.model_fields:
         if (value := given.get(key)) not in (None, [], ()):
             settings[key] = value.split(",") if key == "bit_choices" else value
+    if given.get("mean_bits"):
+        settings["mean_bits"] = given["mean_bits"].split(",")[0]
     return QuantConfig.parse(settings)
-
-
-def _run(options: Options, config: QuantConfig) -> None:
-    _check(options)
-    if options.check:
-        _check_model(options, config)
-    elif options.dry_run:
-        _dry_run(options, config)
-    else:
-        _quantize(options, config)
-
-
-def _check(options: Options) -> None:
-    """Raise ``ConfigError`` for options that do not go together."""
-    if options.check and (options.output is not None or options.dry_run):
-        raise ConfigError("--check takes IN alone and writes nothing: leave out OUT and --dry-run")
-    if options.output is None and not (options.dry_run or options.check):
-        raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
-    if options.report is not None and options.report.suffix.lower() != ".json":
-        raise ConfigError(f"--report '{options.report}': expected a file name that ends in .json")
-    if options.quiet and options.verbose:
-        raise ConfigError("--quiet and --verbose contradict each other: give one of them")
-    if options.output is not None:
-        _check_overwritten(options, options.output.resolve())
-
-
-def _check_overwritten(options: Options, output: Path) -> None:
-    """Raise ``ConfigError`` if ``output`` is also the file of an option."""
-    files = {
-        "--calib": options.calib,
-        "--eval": options.evaluation,
-        "--config": options.config_file,
-        "--report": options.report,
-    }
-    for name, file in files.items():
-        if file is not None and file.resolve() == output:
-            raise ConfigError(f"OUT '{options.output}' is the file of {name}: choose another OUT")
-
-
-def _dry_run(options: Options, config: QuantConfig) -> None:
-    from onnx_attnround.pipeline import make_plan
-    from onnx_attnround.progress import console_on
-    from onnx_attnround.report import plan_tables
-
-    console_on(sys.stdout).print(plan_tables(*make_plan(options.model, config)))
-
-
-def _check_model(options: Options, config: QuantConfig) -> None:
-    """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
-    from onnx_attnround.pipeline import check_model
-    from onnx_attnround.preprocess import load_preprocess
-    from onnx_attnround.progress import console_on
-    from onnx_attnround.report import check_console, write_check
-
-    preprocess = None if options.preprocess is None else load_preprocess(options.preprocess)
-    checked = check_model(options.model, config, options.calib, preprocess=preprocess)
-    if options.report is not None:
-        write_check(options.report, checked)
-    if not options.quiet:
-        console_on(sys.stdout).print(check_console(checked))
-    if number := len(checked.refused):
-        raise ModelError(
-            f"'{options.model}' breaks the rules of target '{checked.target}' {number} times, "
-            f"first at {checked.refused[0].node}: {checked.refused[0].why}"
-        )
-
-
-def _quantize(options: Options, config: QuantConfig) -> None:
-    """The run: quantise, print, write the report; a missed gate is reported all the same."""
-    from onnx_attnround.graph import check_output
-    from onnx_attnround.pipeline import quantize
-    from onnx_attnround.preprocess import load_preprocess
-    from onnx_attnround.progress import shown
-
-    if options.report is not None:
-        check_output(options.report)
-    preprocess = None if options.preprocess is None else load_preprocess(options.preprocess)
-    try:
-        with shown(quiet=options.quiet, verbose=options.verbose) as on_event:
-            result = quantize(
-                options.model,
-                options.calib,
-                config,
-                output=options.output,
-                evaluation=options.evaluation,
-                preprocess=preprocess,
-                on_event=on_event,
-            )
-    except GateError as error:
-        if (missed := getattr(error, "result", None)) is not None:
-            _tell(missed, options, config, output=None)
-        raise
-    _tell(result, options, config, output=options.output)
-
-
-def _tell(
-    result: QuantizeResult, options: Options, config: QuantConfig, *, output: Path | None
-) -> None:
-    from onnx_attnround.progress import console_on
-    from onnx_attnround.report import console, write_json
-
-    if options.report is not None:
-        write_json(options.report, result, config)
-    if not options.quiet:
-        console_on(sys.stdout).print(console(result, output=output, verbose=options.verbose))
 
 
 if __name__ == "__main__":

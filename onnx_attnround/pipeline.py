@@ -95,8 +95,8 @@ def quantize(
     run = Run(config, on_event)
     if output is not None:
         graph.check_output(Path(output), _path(model))
-    prepared = prepare(run, model, calibration, evaluation, preprocess)
-    return finish(run, prepared, output)
+    given = load(run, model, calibration, evaluation, preprocess)
+    return finish(run, prepare(run, given), output)
 
 
 def check_model(
@@ -123,15 +123,11 @@ def check_model(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What any bits of one model need; ``errors`` are those that the allocator asks for."""
+class Loaded:
+    """The model, from ``source`` if that is a file, and the samples that came with it."""
 
     source: Path | None
     original: ir.Model
-    simplified: ir.Model
-    plan: QuantPlan
-    ranges: Calibration
-    errors: LayerErrors | None
     samples: Samples | None
     evaluation: Samples | None
     labels: Array | None
@@ -140,6 +136,17 @@ class Prepared:
     def judged_on(self) -> Samples | None:
         """Samples that layers and speed are compared on."""
         return self.samples or self.evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What any bits of the layers need; ``errors`` are those that the allocator asks for."""
+
+    given: Loaded
+    simplified: ir.Model
+    plan: QuantPlan
+    ranges: Calibration
+    errors: LayerErrors | None
 
 
 @dataclass(slots=True)
@@ -161,14 +168,14 @@ class Run:
         self.seconds[name] = time.perf_counter() - start
 
 
-def prepare(
+def load(
     run: Run,
     model: Path | str | ir.Model,
     calibration: object,
     evaluation: Path | str | None,
     preprocess: Preprocess | None,
-) -> Prepared:
-    """All stages before the bits of the layers are chosen."""
+) -> Loaded:
+    """Open model and samples, and judge whether they are what the config needs."""
     source = _path(model)
     with run.stage("load"):
         original = _load(model)
@@ -177,41 +184,40 @@ def prepare(
         check_labels(labels, held_out, original)
         _check_judgeable(run.config, samples or held_out)
         _check_measurable(run.config, samples)
+    return Loaded(
+        source=source, original=original, samples=samples, evaluation=held_out, labels=labels
+    )
+
+
+def prepare(run: Run, given: Loaded) -> Prepared:
+    """The stages that do not depend on the bits of the layers."""
+    samples = given.samples
     with run.stage("simplify"):
-        simplified, changes = simplify(original)
+        simplified, changes = simplify(given.original)
         run.notes += changes
     with run.stage("plan"):
         simplified, plan = _plan(simplified, run.config, quantise_activations=samples is not None)
     with run.stage("calibrate"):
         ranges = _calibrate(run, simplified, plan, samples)
-    return Prepared(
-        source=source,
-        original=original,
-        simplified=simplified,
-        plan=plan,
-        ranges=ranges,
-        errors=_measure(run, simplified, plan, samples),
-        samples=samples,
-        evaluation=held_out,
-        labels=labels,
-    )
+    errors = _measure(run, simplified, plan, samples)
+    return Prepared(given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors)
 
 
-def finish(run: Run, given: Prepared, output: Path | str | None) -> QuantizeResult:
-    """The bits of ``run.config``, and all stages behind them."""
-    config, plan = run.config, given.plan
-    allocation = _allocate(given.simplified, plan, config, given.errors)
+def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeResult:
+    """The stages from the bits of ``run.config`` on; raises ``GateError`` as :func:`quantize`."""
+    config, plan = run.config, prepared.plan
+    allocation = _allocate(prepared.simplified, plan, config, prepared.errors)
     with run.stage("round"):
-        roundings = _round(run, given, allocation)
-    roundings, params, blocks = _refine(run, given, roundings)
+        roundings = _round(run, prepared, allocation)
+    roundings, params, blocks = _refine(run, prepared, roundings)
     with run.stage("write"):
         storage = config.weight_storage or plan.target.weight_storage
-        quantised = qdq.insert(given.simplified, plan, params, roundings, storage)
+        quantised = qdq.insert(prepared.simplified, plan, params, roundings, storage)
         _add_provenance(quantised, config, allocation)
     with run.stage("check"):
-        checked = _check(quantised, plan, given.judged_on)
+        checked = _check(quantised, plan, prepared.given.judged_on)
     with run.stage("verify"):
-        verification = _verify(run, given, quantised)
+        verification = _verify(run, prepared, quantised)
     result = QuantizeResult(
         model=quantised,
         plan=plan,
@@ -225,7 +231,7 @@ def finish(run: Run, given: Prepared, output: Path | str | None) -> QuantizeResu
     )
     _check_gates(result, config)
     if output is not None:
-        graph.save(quantised, Path(output), source=given.source)
+        graph.save(quantised, Path(output), source=prepared.given.source)
     return result
 
 
@@ -328,27 +334,26 @@ def _measure(
         return layer_errors(model, plan, samples, run.config, run.on_event)
 
 
-def _round(run: Run, given: Prepared, allocation: BitAllocation) -> dict[str, LayerRounding]:
+def _round(run: Run, prepared: Prepared, allocation: BitAllocation) -> dict[str, LayerRounding]:
     from onnx_attnround.reconstruct import round_layers, round_plain  # with torch: takes a second
 
-    model, plan, params = given.simplified, given.plan, given.ranges.params
-    if given.samples is None:
+    model, plan, params = prepared.simplified, prepared.plan, prepared.ranges.params
+    samples = prepared.given.samples
+    if samples is None:
         return round_plain(model, plan, params, allocation)
-    return round_layers(
-        model, plan, params, allocation, given.samples, run.config, run.on_event
-    )
+    return round_layers(model, plan, params, allocation, samples, run.config, run.on_event)
 
 
 def _refine(
-    run: Run, given: Prepared, roundings: dict[str, LayerRounding]
+    run: Run, prepared: Prepared, roundings: dict[str, LayerRounding]
 ) -> tuple[dict[str, LayerRounding], Mapping[str, QuantParams], tuple[BlockRounding, ...]]:
     """Roundings, activation parameters and records of the blocks, refined where that is asked."""
-    params = given.ranges.params
-    if given.samples is None or run.config.reconstruct == "layer":
+    params, samples = prepared.ranges.params, prepared.given.samples
+    if samples is None or run.config.reconstruct == "layer":
         return roundings, params, ()
     from onnx_attnround.refine import refine_blocks
 
-    model, plan, samples = given.simplified, given.plan, given.samples
+    model, plan = prepared.simplified, prepared.plan
     with run.stage("refine"):
         refined = refine_blocks(model, plan, params, roundings, samples, run.config, run.on_event)
     run.notes += [
@@ -359,18 +364,19 @@ def _refine(
     return refined.roundings, refined.params, tuple(refined.blocks)
 
 
-def _verify(run: Run, given: Prepared, quantised: ir.Model) -> Verification | None:
+def _verify(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification | None:
     """The comparison with the float model; without samples, only whether the model loads."""
+    given = prepared.given
     if given.judged_on is None:
         open_session(quantised, threads=run.config.threads)
         return None
     return verify(
-        _reference(run, given.original, given.simplified),
+        _reference(run, given.original, prepared.simplified),
         quantised,
         given.judged_on,
         labels=given.labels,
         evaluation=given.evaluation,
-        layers=given.plan.layers,
+        layers=prepared.plan.layers,
         threads=run.config.threads,
         on_event=run.on_event,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
 from onnx_attnround.verify import Latency, OutputComparison, Verification
 
 if TYPE_CHECKING:
+    from onnx_attnround.pareto import Point
     from onnx_attnround.pipeline import QuantizeResult
 
 SCHEMA = 1
@@ -58,8 +59,36 @@ def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
 
 def write_json(path: Path, result: QuantizeResult, config: QuantConfig) -> None:
     """Write the report to ``path``, complete or not at all; raises ``OutputError``."""
-    text = json.dumps(report_dict(result, config), indent=2, ensure_ascii=False, allow_nan=False)
+    _write(path, report_dict(result, config))
+
+
+def _write(path: Path, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, f"{text}\n".encode())
+
+
+def points_dict(points: Sequence[Point]) -> dict[str, Any]:
+    """The points of a trade-off, each with its file, size in bytes, and the report of its run."""
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "points": [
+            {
+                "mean_bits": point.config.mean_bits,
+                "file": None if point.output is None else str(point.output),
+                "bytes": point.size,
+                "on_front": point.on_front,
+                "gates_missed": point.missed or None,
+                "report": report_dict(point.result, point.config),
+            }
+            for point in points
+        ],
+    }
+
+
+def write_points(path: Path, points: Sequence[Point]) -> None:
+    """Write :func:`points_dict` to ``path``, as :func:`write_json` does."""
+    _write(path, points_dict(points))
 
 
 def versions() -> dict[str, str]:
@@ -115,8 +144,41 @@ def check_console(checked: Checked) -> RenderableType:
 def write_check(path: Path, checked: Checked) -> None:
     """Write what a check found to ``path``, complete or not at all; raises ``OutputError``."""
     report = {"schema": SCHEMA, "versions": versions(), "check": _checked(checked)}
-    text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, f"{text}\n".encode())
+    _write(path, _finite(report))
+
+
+def points_table(points: Sequence[Point], *, verbose: bool) -> RenderableType:
+    """What the command line prints of a trade-off: a row for each point, ``*`` on the front.
+
+    ``verbose`` puts what a run of its own would print before it.
+    """
+    headers = "mean bits", "bytes", "SQNR", "agreement", "top-1", "speed"
+    table = _table(*(f">{name}" for name in headers), "front", "file")
+    found = points[0].verification
+    top1 = "" if found.accuracy is None else f"{found.accuracy.float_top1:.2%}"
+    table.add_row("float", f"{found.float_bytes:,}", "", "", top1, "", "", "")
+    for point in points:
+        table.add_row(*_point_cells(point))
+    runs = [
+        console(point.result, output=point.output, verbose=True) for point in points if verbose
+    ]
+    return Group(*runs, table, *(f"note: {note}" for note in points[0].result.notes))
+
+
+def _point_cells(point: Point) -> list[str]:
+    found = point.verification
+    worst, accuracy = found.worst_output, found.accuracy
+    agreements = [output.agreement for output in found.outputs if output.agreement is not None]
+    return [
+        f"{point.config.mean_bits:g}",
+        f"{point.size:,}",
+        "" if worst is None else f"{worst.sqnr_db:.2f} dB",
+        f"{min(agreements):.2%}" if agreements else "",
+        "" if accuracy is None else f"{accuracy.quantised_top1:.2%}",
+        f"{found.latency.speedup:.2f}x",
+        "*" if point.on_front else "",
+        "gate missed" if point.missed else str(point.output or ""),
+    ]
 
 
 def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:

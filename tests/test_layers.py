@@ -27,7 +27,9 @@ _NAMES = (
     "reconstruct refine",
     "sensitivity",
     "pipeline",
+    "pareto",
     "report __init__",
+    "convert",
     "__main__",
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}

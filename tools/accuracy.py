@@ -1,7 +1,8 @@
 """Top-1, agreement and SQNR of the converter on one model, over bit widths, methods and seeds.
 
     python tools/accuracy.py MODEL.onnx --calib CALIB --eval EVAL.npz [--preprocess cifar10]
-        [--bits 8,4,3,2] [--act-bits 8] [--mean-bits 4] [--methods attention,nearest] [--seeds 0,1]
+        [--bits 8,4,3,2] [--act-bits 8] [--mean-bits 4] [--allocators coding-length,gram]
+        [--methods attention,nearest] [--seeds 0,1]
 
 Prints a Markdown table, a line for each setting: means over the seeds, and the spread of top-1.
 """
@@ -40,6 +41,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--preprocess")
     parser.add_argument("--bits", default="8,4,3,2", help="uniform widths")
     parser.add_argument("--mean-bits", default="", help="mixed precision: mean widths")
+    parser.add_argument("--allocators", default="coding-length", help="of the mean widths")
     parser.add_argument("--act-bits", type=int, default=8)
     parser.add_argument("--first-last-bits", type=int, default=8)
     parser.add_argument("--methods", default="attention")
@@ -52,8 +54,9 @@ def _settings(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
     for bits in filter(None, options.bits.split(",")):
         yield f"W{bits}A{options.act_bits}", {**common, "weight_bits": int(bits)}
     for mean in filter(None, options.mean_bits.split(",")):
-        mixed = {**common, "weight_bits": 4, "mean_bits": float(mean)}
-        yield f"W{mean} mixed A{options.act_bits}", mixed
+        for allocator in options.allocators.split(","):
+            mixed = {**common, "weight_bits": 4, "mean_bits": float(mean), "allocator": allocator}
+            yield f"W{mean} {allocator} A{options.act_bits}", mixed
 
 
 def _run(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float, ...]:

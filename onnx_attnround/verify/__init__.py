@@ -15,18 +15,20 @@ from onnx_attnround.verify.compare import (
     compare_layers,
     compare_outputs,
 )
-from onnx_attnround.verify.gates import check_gates
+from onnx_attnround.verify.gates import REMEDY, check_gates, missed_gates
 from onnx_attnround.verify.results import Accuracy, Latency, OutputComparison, Verification
 from onnx_attnround.verify.runs import BATCH, Step, open_pair
 from onnx_attnround.verify.speed import measure_speed, serialised_bytes
 
 __all__ = [
+    "REMEDY",
     "Accuracy",
     "Latency",
     "OutputComparison",
     "Verification",
     "check_gates",
     "check_labels",
+    "missed_gates",
     "verify",
 ]
 

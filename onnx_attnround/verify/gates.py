@@ -8,6 +8,11 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import GateError
 from onnx_attnround.verify.results import Verification
 
+REMEDY = (
+    "allow more bits (--weight-bits, --act-bits, --mean-bits), give more calibration samples, or "
+    "move the gate"
+)
+
 
 def check_gates(verification: Verification, config: QuantConfig) -> None:
     """Raise ``GateError`` that names every gate of ``config`` that was missed, with its figure.
@@ -17,11 +22,13 @@ def check_gates(verification: Verification, config: QuantConfig) -> None:
     points of disagreement with the float model. A gate that cannot be judged
     counts as missed.
     """
-    if missed := "; ".join(_missed(verification, config)):
-        raise GateError(
-            f"gate missed: {missed}; allow more bits (--weight-bits, --act-bits, "
-            "--mean-bits), give more calibration samples, or move the gate"
-        )
+    if missed := missed_gates(verification, config):
+        raise GateError(f"gate missed: {missed}; {REMEDY}")
+
+
+def missed_gates(verification: Verification, config: QuantConfig) -> str:
+    """The gates of ``config`` that were missed, each with its figure; empty if there are none."""
+    return "; ".join(_missed(verification, config))
 
 
 def _missed(verification: Verification, config: QuantConfig) -> Iterator[str]:

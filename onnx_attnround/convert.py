@@ -1,0 +1,188 @@
+"""One run of the command line: what the options ask for is checked, done, told and reported.
+
+What is slow to import is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import ConfigError, GateError, ModelError
+
+if TYPE_CHECKING:
+    from onnx_attnround.pareto import Point
+    from onnx_attnround.pipeline import QuantizeResult
+    from onnx_attnround.progress import OnEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user asked for, beside the config; ``mean_bits`` where there are several."""
+
+    model: Path
+    output: Path | None
+    mean_bits: tuple[str, ...]
+    calib: Path | None
+    preprocess: str | None
+    evaluation: Path | None
+    config_file: Path | None
+    report: Path | None
+    dry_run: bool
+    check: bool
+    quiet: bool
+    verbose: bool
+
+
+def run(options: Options, config: QuantConfig) -> None:
+    """Do what the options ask for; raises the errors of ``errors.py``."""
+    _check(options)
+    if options.check:
+        _check_model(options, config)
+    elif options.dry_run:
+        _dry_run(options, config)
+    else:
+        _quantize(options, config)
+
+
+def _check(options: Options) -> None:
+    """Raise ``ConfigError`` for options that do not go together."""
+    if options.check and (options.output is not None or options.dry_run):
+        raise ConfigError("--check takes IN alone and writes nothing: leave out OUT and --dry-run")
+    if options.output is None and not (options.dry_run or options.check):
+        raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
+    if options.report is not None and options.report.suffix.lower() != ".json":
+        raise ConfigError(f"--report '{options.report}': expected a file name that ends in .json")
+    if options.quiet and options.verbose:
+        raise ConfigError("--quiet and --verbose contradict each other: give one of them")
+    for output in _outputs(options):
+        _check_overwritten(options, output)
+
+
+def _means(options: Options) -> list[float]:
+    """The several mean bits; raises ``ConfigError`` for what is no number."""
+    try:
+        return [float(text) for text in options.mean_bits]
+    except ValueError as error:
+        raise ConfigError(
+            f"option 'mean_bits': expected numbers, got '{','.join(options.mean_bits)}'"
+        ) from error
+
+
+def _outputs(options: Options) -> list[Path]:
+    """The files that a run writes."""
+    if options.output is None:
+        return []
+    if not options.mean_bits:
+        return [options.output]
+    from onnx_attnround.pareto import point_path
+
+    return [point_path(options.output, mean) for mean in _means(options)]
+
+
+def _check_overwritten(options: Options, output: Path) -> None:
+    """Raise ``ConfigError`` if ``output`` is also the file of an option."""
+    files = {
+        "--calib": options.calib,
+        "--eval": options.evaluation,
+        "--config": options.config_file,
+        "--report": options.report,
+    }
+    for name, file in files.items():
+        if file is not None and file.resolve() == output.resolve():
+            raise ConfigError(f"OUT '{output}' is the file of {name}: choose another OUT")
+
+
+def _dry_run(options: Options, config: QuantConfig) -> None:
+    from onnx_attnround.pareto import with_means
+    from onnx_attnround.pipeline import make_plan
+    from onnx_attnround.progress import console_on
+    from onnx_attnround.report import plan_tables
+
+    for each in with_means(config, _means(options)) if options.mean_bits else [config]:
+        console_on(sys.stdout).print(plan_tables(*make_plan(options.model, each)))
+
+
+def _check_model(options: Options, config: QuantConfig) -> None:
+    """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
+    from onnx_attnround.pipeline import check_model
+    from onnx_attnround.preprocess import load_preprocess
+    from onnx_attnround.progress import console_on
+    from onnx_attnround.report import check_console, write_check
+
+    preprocess = None if options.preprocess is None else load_preprocess(options.preprocess)
+    checked = check_model(options.model, config, options.calib, preprocess=preprocess)
+    if options.report is not None:
+        write_check(options.report, checked)
+    if not options.quiet:
+        console_on(sys.stdout).print(check_console(checked))
+    if number := len(checked.refused):
+        raise ModelError(
+            f"'{options.model}' breaks the rules of target '{checked.target}' {number} times, "
+            f"first at {checked.refused[0].node}: {checked.refused[0].why}"
+        )
+
+
+def _quantize(options: Options, config: QuantConfig) -> None:
+    """The run: quantise, print, write the report; a missed gate is reported all the same."""
+    from onnx_attnround.graph import check_output
+    from onnx_attnround.progress import shown
+
+    if options.report is not None:
+        check_output(options.report)
+    work = _work(options, config)
+    try:
+        with shown(quiet=options.quiet, verbose=options.verbose) as on_event:
+            made = work(on_event)
+    except GateError as error:
+        if (missed := getattr(error, "result", None)) is not None:
+            _tell(missed, options, config, output=None)
+        raise
+    _tell(made, options, config, output=options.output)
+
+
+def _work(
+    options: Options, config: QuantConfig
+) -> Callable[[OnEvent], QuantizeResult | tuple[Point, ...]]:
+    """What to do: one model, or one for each of several mean bits."""
+    from onnx_attnround.pareto import trade_off
+    from onnx_attnround.pipeline import quantize
+    from onnx_attnround.preprocess import load_preprocess
+
+    rest: dict[str, Any] = {
+        "output": options.output,
+        "evaluation": options.evaluation,
+        "preprocess": None if options.preprocess is None else load_preprocess(options.preprocess),
+    }
+    given = (options.model, options.calib, config)
+    if not options.mean_bits:
+        return lambda on_event: quantize(*given, **rest, on_event=on_event)
+    means = _means(options)
+    return lambda on_event: trade_off(*given, mean_bits=means, **rest, on_event=on_event)
+
+
+def _tell(
+    made: QuantizeResult | tuple[Point, ...],
+    options: Options,
+    config: QuantConfig,
+    *,
+    output: Path | None,
+) -> None:
+    """Write the report, and print what was found."""
+    from onnx_attnround.progress import console_on
+    from onnx_attnround.report import console, points_table, write_json, write_points
+
+    if isinstance(made, tuple):
+        table = points_table(made, verbose=options.verbose)
+        if options.report is not None:
+            write_points(options.report, made)
+    else:
+        table = console(made, output=output, verbose=options.verbose)
+        if options.report is not None:
+            write_json(options.report, made, config)
+    if not options.quiet:
+        console_on(sys.stdout).print(table)
