@@ -84,7 +84,7 @@ def test_results_replace_the_rows_that_were_measured_again(tmp_path: Path) -> No
     benchmark_peers.Results(path).add({**row, "setting": "W4A4", "cannot": "no such bits"})
     benchmark_peers.Results(path).add({**row, "setting": "W8A8", "peer": "ours", "method": "layer"})
     later = benchmark_peers.Results(path)
-    later.add({**row, "top1": 0.75, "simulated": True})
+    later.add({**row, "simulated": {"top1": 0.75}})
     assert [line["setting"] for line in json.loads(path.read_text())] == ["W8A8", "W4A8", "W4A4"]
     *_, measured, refused = later.table().splitlines()
     assert "| 0.7500 |" in measured and measured.endswith("| simulated only |")

@@ -217,6 +217,8 @@ def _measure(job: dict[str, Any], python: Path, data: Data) -> dict[str, Any]:
         return {**row, "cannot": failure}
     result = _result(folder)
     cost["cpu_s"] -= result.pop("simulation_seconds", 0.0)
+    if "cannot" in result:
+        return {**row, **result}
     return {**row, **cost, **result, **_judge(folder, data)}
 
 
@@ -266,18 +268,18 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def _judge(folder: Path, data: Data) -> dict[str, Any]:
-    """Quality of the file if there is one, else of the peer's own simulation."""
+    """Quality of the file if there is one that runs, and of the peer's own simulation."""
     exported, simulated = folder / "model.onnx", folder / "simulated.npy"
+    told: dict[str, Any] = {}
+    if simulated.is_file():
+        told["simulated"] = compare(np.load(simulated), data.expected, data.labels)
     if exported.is_file():
         try:
             outputs = run_file(exported, data.samples)
-            return {**inspect(exported), **compare(outputs, data.expected, data.labels)}
+            told |= {**inspect(exported), **compare(outputs, data.expected, data.labels)}
         except AttnRoundError as error:
-            if not simulated.is_file():
-                return {"cannot": f"its file does not run: {error}"}
-    if not simulated.is_file():
-        return {}
-    return {"simulated": True, **compare(np.load(simulated), data.expected, data.labels)}
+            told["refused"] = f"its file does not run: {error}"
+    return told
 
 
 # --- all rows ------------------------------------------------------------------------------------
@@ -314,23 +316,32 @@ def _order(key: tuple[str, str, str]) -> tuple[Any, ...]:
 
 def cells(row: dict[str, Any]) -> Iterator[str]:
     """The cells of a row; what was not measured stays empty."""
+    quality = row if "top1" in row else row.get("simulated", {})
 
-    def shown(name: str, form: Callable[[Any], str]) -> str:
-        return form(row[name]) if name in row else ""
+    def shown(source: dict[str, Any], name: str, form: Callable[[Any], str]) -> str:
+        return form(source[name]) if name in source else ""
 
     yield row["setting"]
     yield f"{row['peer']} {row['method']}"
-    yield shown("top1", "{:.4f}".format)
-    yield shown("agreement", "{:.4f}".format)
-    yield shown("sqnr_db", "{:.1f}".format)
-    yield shown("cpu_s", "{:.0f}".format)
-    yield shown("peak_mb", "{:.0f}".format)
-    yield shown("bytes", lambda size: f"{size / 1000:.0f}")
-    yield shown("integer_layers", lambda count: f"{count}/{row['layers']}")
-    yield shown("layers_by_bits", bits_told)
-    remarks = ["simulated only"] if row.get("simulated") else []
-    told = [f"cannot: {row['cannot']}"] if "cannot" in row else []
-    yield "; ".join([*told, *remarks, *row.get("remarks", [])]).replace("|", "/")
+    yield shown(quality, "top1", "{:.4f}".format)
+    yield shown(quality, "agreement", "{:.4f}".format)
+    yield shown(quality, "sqnr_db", "{:.1f}".format)
+    yield shown(row, "cpu_s", "{:.0f}".format)
+    yield shown(row, "peak_mb", "{:.0f}".format)
+    yield shown(row, "bytes", lambda size: f"{size / 1000:.0f}")
+    yield shown(row, "integer_layers", lambda count: f"{count}/{row['layers']}")
+    yield shown(row, "layers_by_bits", bits_told)
+    yield "; ".join(_remarks(row)).replace("|", "/")
+
+
+def _remarks(row: dict[str, Any]) -> Iterator[str]:
+    if "cannot" in row:
+        yield f"cannot: {row['cannot']}"
+    if "simulated" in row:
+        yield f"simulated {row['simulated']['top1']:.4f}" if "top1" in row else "simulated only"
+    if "refused" in row:
+        yield row["refused"]
+    yield from row.get("remarks", [])
 
 
 def bits_told(layers_by_bits: dict[str, int]) -> str:
