@@ -51,7 +51,7 @@ class Peer:
 
 
 PEERS = {
-    "ours": Peer((), ("layer",)),
+    "ours": Peer((), ("layer", "block")),
     "ort": Peer(("onnxruntime==1.31.1 onnx==1.23.2 sympy==1.14.0",), ("static",)),
     "aimet": Peer((TORCH, f"{TORCH} aimet-onnx==2.42.0"), ("adaround",)),
     "esp_ppq": Peer((TORCH, f"{TORCH} esp-ppq==1.3.12"), ("lsq", "adaround")),
@@ -223,12 +223,12 @@ def _measure(job: dict[str, Any], python: Path, data: Data) -> dict[str, Any]:
 
 
 def _our_command(told: dict[str, Any]) -> list[str]:
-    bits, method = str(told["weight_bits"]), told["method"]
+    bits = str(told["weight_bits"])
     return [
         sys.executable, "-m", "onnx_attnround", told["model"], "model.onnx", "--quiet",
         "--calib", told["calibration"], "--weight-bits", bits, "--first-last-bits", bits,
         "--act-bits", str(told["act_bits"]), "--threads", "1",
-        *(() if method == "layer" else ("--reconstruct", method)),
+        "--reconstruct", told["method"],
     ]  # fmt: skip
 
 

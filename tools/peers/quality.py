@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from onnx_attnround.check.fusion import INTEGER_OPS
 from onnx_attnround.runtime import open_session
-from onnx_attnround.verify.speed import INTEGER_OPS
 
 FLOAT_OPS = frozenset({
     "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul",
