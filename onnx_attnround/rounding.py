@@ -271,15 +271,11 @@ def attention_codes(
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best[better] = codes[better]
-        gradient = attend(offset, slope.mul_(scale))
+        gradient = slope.mul_(scale)
+        attention = torch.erf(offset / (TAU * math.sqrt(2)))
+        gradient.mul_(torch.where(gradient >= 0, attention, -attention).add_(1.0).mul_(0.5))
         _adam(offset, gradient, momentum, variance, step, steps)
     return best
-
-
-def attend(offset: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient by an offset, weighted by the Gaussian attention of where it stands."""
-    attention = torch.erf(offset / (TAU * math.sqrt(2)))
-    return torch.where(gradient >= 0, attention, -attention).add_(1.0).mul_(0.5).mul_(gradient)
 
 
 def _adam(

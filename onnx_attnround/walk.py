@@ -78,6 +78,11 @@ class BlockBatch:
     quantised: Mapping[str, Array]
     outputs: Mapping[str, Array]
 
+    @property
+    def samples(self) -> int:
+        """How many samples the batch holds."""
+        return len(next(iter(self.outputs.values())))
+
 
 class BlockWalk:
     """The two streams from block to block: ``advance(k)``, ``batches(k)``, quantise, and so on.
@@ -97,6 +102,7 @@ class BlockWalk:
         threads: int | None,
     ) -> None:
         names = [[layer.node for layer in block] for block in blocks]
+        self.samples = samples.count
         self._feeds = samples.batches(batch_size)
         self._stages = cut_blocks(model, names)
         self._plain = _Stream("float", model, self._stages, store, threads)

@@ -1,0 +1,244 @@
+"""Refine the roundings block by block, with quantised activations in the loop.
+
+Starts from the solution layer by layer (``reconstruct.py``). A block (``blocks.py``)
+runs as a torch shadow graph with fake quantisation; offsets of the codes, scales,
+biases and steps of low-bit activations are learned together, so that the block's
+outputs come close to the float model's. This is block reconstruction (Li et al.,
+"BRECQ", arXiv 2102.05426) with inputs that are at random those of the quantised
+prefix or those of the float model (after Wei et al., "QDrop", arXiv 2203.05740),
+learned steps (Esser et al., "Learned Step Size Quantization", arXiv 1902.08153),
+and Attention Round in place of their rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+import onnx_ir as ir
+import torch
+
+from onnx_attnround import qdq
+from onnx_attnround.blocks import Block, find_blocks
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import ModelError
+from onnx_attnround.moments import collect
+from onnx_attnround.reconstruct import open_layer, round_layer, torch_threads
+from onnx_attnround.records import (
+    Array,
+    BlockRounding,
+    Event,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+)
+from onnx_attnround.refine.block import QuantisedBlock, Tensors
+from onnx_attnround.samples import Samples
+from onnx_attnround.shadow import Shadow, build_shadow
+from onnx_attnround.store import ActivationStore
+from onnx_attnround.walk import BlockBatch, BlockWalk
+
+STEPS = 160  # of Adam, for a block
+MINIBATCH = 32  # samples in a step, at least
+FLOAT_SHARE = 0.5  # of a block's input elements that are the float model's, in training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """Roundings by node, parameters by tensor, and the record of each block.
+
+    ``settled`` are the tensors whose steps a block has learned, for good.
+    """
+
+    roundings: dict[str, LayerRounding]
+    params: dict[str, QuantParams]
+    blocks: list[BlockRounding] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
+
+
+def refine_blocks(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    samples: Samples,
+    config: QuantConfig,
+    on_event: Callable[[Event], None],
+) -> Refined:
+    """Refine block after block, each against what the refined prefix really feeds it.
+
+    A block whose error on all samples does not fall stays as it was, and so does one
+    that cannot run in torch; its record says why. Deterministic for the same inputs.
+    """
+    result = Refined(roundings=dict(roundings), params=dict(params))
+    quantised = qdq.insert(model, plan, params, roundings, "int8")
+    blocks = find_blocks(model, plan.layers)
+    with ActivationStore(config.activation_memory_mb << 20) as store:
+        walk = BlockWalk(
+            model,
+            quantised,
+            blocks,
+            samples,
+            batch_size=min(config.batch_size, MINIBATCH),
+            store=store,
+            threads=config.threads,
+        )
+        for index, block in enumerate(blocks):
+            walk.advance(index)
+            record = _Refinement(model, plan, config, result, block, walk, index).run()
+            _update(quantised, plan, result, block)
+            result.blocks.append(record)
+            detail = f"{block[0].node} … {block[-1].node}  {record.summary}"
+            on_event(Event(stage="refine", done=index + 1, total=len(blocks), detail=detail))
+    return result
+
+
+class _Refinement:
+    """The work on one block, whose outcome goes into ``result`` if it is for the better."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        config: QuantConfig,
+        result: Refined,
+        block: Block,
+        walk: BlockWalk,
+        index: int,
+    ) -> None:
+        self._model, self._plan, self._config = model, plan, config
+        self._result, self._block = result, block
+        self._walk, self._index = walk, index
+
+    def run(self) -> BlockRounding:
+        """Round the layers anew, train the block, keep the best of the three."""
+        names = tuple(layer.node for layer in self._block)
+        if len({layer.weight for layer in self._block}) < len(names):
+            return BlockRounding(nodes=names, skipped="two layers share a weight")
+        try:
+            shadow = build_shadow(self._model, *self._walk.names(self._index))
+            given = self._quantised(shadow, self._result.roundings)
+            before = self._error(given)
+            anew = self._quantised(shadow, self._rounded_anew(shadow))
+            best, error = min(((given, before), (anew, self._error(anew))), key=itemgetter(1))
+            trained = self._quantised(shadow, {**self._result.roundings, **best.roundings()})
+            self._train(trained)
+            best, error = min(((best, error), (trained, self._error(trained))), key=itemgetter(1))
+        except ModelError as reason:
+            return BlockRounding(nodes=names, skipped=str(reason))
+        self._result.roundings.update(best.roundings())
+        self._result.params.update(best.steps())
+        self._result.settled.update(best.steps())
+        return BlockRounding(nodes=names, error_before=before, error_after=error)
+
+    def _quantised(
+        self, shadow: Shadow, roundings: Mapping[str, LayerRounding]
+    ) -> QuantisedBlock:
+        result = self._result
+        return QuantisedBlock(
+            shadow, self._block, roundings, result.params, self._plan, result.settled
+        )
+
+    def _rounded_anew(self, shadow: Shadow) -> dict[str, LayerRounding]:
+        """The layers one by one, as the first time, now that refined blocks lie before them."""
+        roundings = dict(self._result.roundings)
+        for number, planned in enumerate(self._block):
+            bits = roundings[planned.node].spec.bits
+            layer = open_layer(self._model, planned, self._result.params, bits)
+            inputs = self._layer_inputs(self._quantised(shadow, roundings), planned.x)
+            with torch_threads(layer, self._config.threads), torch.no_grad():
+                moments = collect(
+                    planned,
+                    layer.weight,
+                    inputs,
+                    self._walk.samples,
+                    None,
+                    centred=layer.bias is not None,
+                )
+                if moments.finite:
+                    rounding = round_layer(layer, moments, self._config, number)
+                    roundings[planned.node] = rounding
+        return roundings
+
+    def _layer_inputs(self, block: QuantisedBlock, name: str) -> Iterator[tuple[Array, Array]]:
+        """Per batch what a layer reads in the float model, and in the quantised one."""
+        for batch in self._batches():
+            plain: dict[str, torch.Tensor] = dict(_tensors(batch.plain))
+
+            def keep(
+                computed: str, value: torch.Tensor, plain: dict[str, torch.Tensor] = plain
+            ) -> torch.Tensor:
+                plain[computed] = value
+                return value
+
+            block.shadow(plain.copy(), None, keep)
+            seen: dict[str, torch.Tensor] = {}
+            block.forward(_tensors(batch.quantised), seen)
+            yield plain[name].numpy(), seen[name].numpy()
+
+    def _batches(self) -> Iterator[BlockBatch]:
+        return (self._walk.batch(self._index, number) for number in range(self._walk.count))
+
+    def _train(self, block: QuantisedBlock) -> None:
+        """Adam with cosine decay, on minibatches of stored batches in random order."""
+        generator = torch.Generator().manual_seed(self._config.seed + self._index)
+        adam = torch.optim.Adam(block.parameters())
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
+        order: list[int] = []
+        for _ in range(STEPS):
+            adam.zero_grad()
+            taken = 0
+            while taken < min(MINIBATCH, self._walk.samples):
+                order = order or torch.randperm(self._walk.count, generator=generator).tolist()
+                batch = self._walk.batch(self._index, order.pop())
+                taken += batch.samples
+                loss = _loss(block.forward(_mixed(batch, generator)), batch) * batch.samples
+                loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            decay.step()
+
+    def _error(self, block: QuantisedBlock) -> float:
+        """The loss over all samples, with inputs of the quantised prefix."""
+        total = 0.0
+        with torch.no_grad():
+            for batch in self._batches():
+                outputs = block.forward(_tensors(batch.quantised))
+                total += float(_loss(outputs, batch)) * batch.samples
+        return total / self._walk.samples
+
+
+def _tensors(values: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in values.items()}
+
+
+def _mixed(batch: BlockBatch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Inputs of the quantised prefix, with a random share of elements from the float model."""
+    feeds = {}
+    for name, values in batch.quantised.items():
+        quantised, plain = torch.from_numpy(values), torch.from_numpy(batch.plain[name])
+        if quantised.is_floating_point():
+            chosen = torch.rand(plain.shape, generator=generator) < FLOAT_SHARE
+            quantised = torch.where(chosen, plain, quantised)
+        feeds[name] = quantised
+    return feeds
+
+
+def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
+    """Mean over the outputs of the squared error, each relative to its mean square."""
+    wanted = {name: torch.from_numpy(values) for name, values in batch.outputs.items()}
+    floating = [name for name in wanted if wanted[name].is_floating_point()]
+    losses = [
+        (outputs[name] - wanted[name]).square().mean()
+        / wanted[name].square().mean().clamp_min(1e-30)
+        for name in floating
+    ]
+    return torch.stack(losses).mean()
+
+
+def _update(quantised: ir.Model, plan: QuantPlan, result: Refined, block: Block) -> None:
+    """Bring the model of the walk to the state of ``result``."""
+    for name in plan.activations:
+        qdq.update_scale(quantised, name, result.params[name])
+    for layer in block:
+        qdq.update_layer(quantised, layer, result.roundings[layer.node], result.params, plan)
