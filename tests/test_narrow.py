@@ -63,8 +63,7 @@ def test_the_stream_keeps_eight_bits_and_the_layer_reads_four() -> None:
     assert clip.op_type == "Clip"
     added = next(node for node in nodes if node.op_type == "Add").inputs[1].producer()
     assert added.inputs[0].producer().op_type == "QuantizeLinear"
-    assert result.verification is not None
-    assert {"Conv_0", "Conv_1", "Conv_2"} <= set(result.verification.integer_layers)
+    assert {"Conv_0", "Conv_1", "Conv_2"} <= set(result.checked.fusion.integer)
 
 
 def test_a_parted_stream_is_worth_decibels(
