@@ -155,7 +155,7 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         _setting(
             "reconstruct",
             "What is matched to the float model: each layer, or then each block too, with "
-            "low-bit activations in the loop; it takes some four times as long",
+            "activations quantised in the loop, which takes some five times as long",
             panel=_HOW,
             choices=_choices("reconstruct"),
         ),

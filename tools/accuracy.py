@@ -45,12 +45,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--act-bits", type=int, default=8)
     parser.add_argument("--first-last-bits", type=int, default=8)
     parser.add_argument("--methods", default="attention")
+    parser.add_argument("--reconstruct", default="layer", help="layer or block")
     parser.add_argument("--seeds", default="0")
     return parser.parse_args()
 
 
 def _settings(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    common = {"act_bits": options.act_bits, "first_last_bits": options.first_last_bits}
+    common = {
+        "act_bits": options.act_bits,
+        "first_last_bits": options.first_last_bits,
+        "reconstruct": options.reconstruct,
+    }
     for bits in filter(None, options.bits.split(",")):
         yield f"W{bits}A{options.act_bits}", {**common, "weight_bits": int(bits)}
     for mean in filter(None, options.mean_bits.split(",")):
