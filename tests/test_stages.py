@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from itertools import pairwise
 
 import onnx_ir as ir
 import pytest
@@ -14,7 +15,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
 from onnx_attnround.plan import make_plan
 from onnx_attnround.runtime import open_session
-from onnx_attnround.stages import Stage, cut, extract
+from onnx_attnround.stages import Stage, cut, cut_blocks, extract, raw_names
 
 
 @pytest.fixture(params=LAYERED)
@@ -158,3 +159,39 @@ def test_deep_models_are_cut_in_time_that_grows_with_their_size() -> None:
     stages = cut(model, ["MatMul_0", "MatMul_1"])
     assert stages[1].outputs == (f"a{depth}",)
     assert time.perf_counter() - start < 2
+
+
+def in_pairs(model: ir.Model) -> list[list[str]]:
+    layers = layers_of(model)
+    return [layers[i : i + 2] for i in range(0, len(layers), 2)]
+
+
+def test_blocks_fit_together(model: ir.Model) -> None:
+    blocks = in_pairs(model)
+    stages = cut_blocks(model, blocks)
+    assert len(stages) == len(blocks) + 1
+    live = {value.name for value in model.graph.inputs}
+    gone: set[str] = set()
+    for stage, behind in pairwise((*stages, None)):
+        assert set(stage.inputs) <= live - gone
+        live |= set(stage.outputs)
+        gone |= set(stage.released)
+        assert stage.reads == (() if behind is None else behind.inputs)
+    assert {value.name for value in model.graph.outputs} <= live - gone
+
+
+def test_each_layer_is_in_the_stage_of_its_block(model: ir.Model) -> None:
+    blocks = in_pairs(model)
+    for block, stage in zip(blocks, cut_blocks(model, blocks)[1:], strict=True):
+        names = {node.name for node in extract(model, stage).graph}
+        assert set(block) <= names
+        assert names.isdisjoint({name for other in blocks if other is not block for name in other})
+
+
+def test_tensors_cross_blocks_before_their_quantisation() -> None:
+    text = QDQ.replace("xq =", '["x/quantize"] xq =').replace("aq =", '["ad/quantize"] aq =')
+    model = build(text)
+    stages = cut_blocks(model, [["MatMul_0"], ["MatMul_1"], ["MatMul_2"]])
+    assert [stage.inputs for stage in stages] == [(), ("x",), ("n",), ("a", "b")]
+    assert [stage.reads for stage in stages] == [("x",), ("n",), ("a", "b"), ()]
+    assert raw_names(model) == {"x": "x", "ad": "a"}
