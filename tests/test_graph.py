@@ -442,3 +442,23 @@ def test_shared_models_survive_all_of_it(name: str, data_dir: Path, tmp_path: Pa
     x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
     again = graph.load(tmp_path / "out.onnx")
     np.testing.assert_array_equal(run(model, {"input": x})[0], run(again, {"input": x})[0])
+
+
+def test_text_that_is_no_text_is_refused_with_protobuf_in_python_too(tmp_path: Path) -> None:
+    """Which is slower, and raises other errors; some packages switch to it."""
+    path = tmp_path / "model.onnx"
+    text = "g (float[N] x) => (float[N] y) { y = Relu(x) }"
+    data = build_proto(text).SerializeToString()
+    assert data.count(b'"\x04Relu') == 1
+    path.write_bytes(data.replace(b'"\x04Relu', b'"\x04Re\xfau'))
+    code = (
+        "import sys, pathlib; from onnx_attnround import ModelError, graph\n"
+        "try: graph.load(pathlib.Path(sys.argv[1]))\n"
+        "except ModelError as error: print(error)"
+    )
+    environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "is not an ONNX file" in done.stdout

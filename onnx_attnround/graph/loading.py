@@ -48,7 +48,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ModelError(
             f"cannot read model '{path}': {error.strerror}; check its permissions"
         ) from error
-    except DecodeError as error:
+    except (DecodeError, UnicodeDecodeError) as error:  # the latter from protobuf in pure Python
         raise ModelError(
             f"'{path}' is not an ONNX file, or is truncated; download or export it again"
         ) from error
