@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import name_nodes, raise_opset
 from onnx_attnround.quantizer import quantize
 from onnx_attnround.records import (
@@ -62,10 +63,18 @@ def update_layer(
     params: Mapping[str, QuantParams],
     plan: QuantPlan,
 ) -> None:
-    """Give ``layer`` other codes, scales and bias in a model that ``insert`` wrote as int8."""
+    """Give ``layer`` other codes, scales and bias in a model that ``insert`` wrote as int8.
+
+    Raises ``ModelError`` if a bias that was stored as int32 does not fit it any more.
+    """
     tensors = _layer_tensors(layer, rounding, params, plan, "int8")
     node = next(node for node in model.graph if node.name == layer.node)
     written = [source for value in node.inputs[1:3] for source in _sources(value)]
+    if len(written) != len(tensors):
+        raise ModelError(
+            f"node '{layer.node}': its bias does not fit int32 at the scale of its weights; "
+            "exclude the node"
+        )
     for value, tensor in zip(written, tensors, strict=True):
         tensor.name = value.name
         value.const_value = tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -135,12 +135,16 @@ def round_layers(
     return roundings
 
 
-@contextmanager
-def torch_threads(layer: Layer, limit: int | None) -> Iterator[None]:
+def torch_threads(layer: Layer, limit: int | None) -> AbstractContextManager[None]:
     """One thread for a small layer, else all that torch or ``limit`` allows."""
+    return threads_limited(1 if layer.weight.numel() < SINGLE_THREAD_BELOW else limit)
+
+
+@contextmanager
+def threads_limited(limit: int | None) -> Iterator[None]:
+    """At most ``limit`` threads of torch; as many as usual if it is ``None``."""
     usual = torch.get_num_threads()
-    small = layer.weight.numel() < SINGLE_THREAD_BELOW
-    torch.set_num_threads(1 if small else limit or usual)
+    torch.set_num_threads(limit or usual)
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ class BlockBatch:
     @property
     def samples(self) -> int:
         """How many samples the batch holds."""
-        return len(next(iter(self.outputs.values())))
+        return next((len(values) for values in self.outputs.values() if values.ndim), 1)
 
 
 class BlockWalk:

@@ -153,6 +153,25 @@ def test_layers_that_share_a_weight_are_left_alone() -> None:
     assert [done.skipped for done in result.blocks] == ["two layers share a weight"]
 
 
+@pytest.mark.parametrize(
+    ("tail", "why"),
+    [
+        ("y = ArgMax<axis=1>(b)", "its outputs are integers"),
+        ("s = Sign(b)  y = Identity(s)", None),
+        ("y = ReduceSum<keepdims=0>(b)", None),
+    ],
+)
+def test_any_output_will_do(tail: str, why: str | None) -> None:
+    kind = "int64[N,1]" if "ArgMax" in tail else "float" if "Sum" in tail else "float[N,4]"
+    model = build(
+        f"g (float[N,4] x) => ({kind} y) <float[4,4] v, float[4,4] w>"
+        f"{{ a = MatMul(x, v)  r = Relu(a)  b = MatMul(r, w)  {tail} }}"
+    )
+    config = QuantConfig(weight_bits=3, reconstruct="block", steps=5, threads=1)
+    result = quantize(model, feeds(model), config)
+    assert result.blocks[-1].skipped == why
+
+
 def test_gradients_of_fake_quantisation() -> None:
     x = torch.tensor([-0.9, -0.2, 0.04, 0.26, 0.9], requires_grad=True)
     step = torch.tensor(0.1, requires_grad=True)

@@ -7,7 +7,8 @@ outputs come close to the float model's. This is block reconstruction (Li et al.
 "BRECQ", arXiv 2102.05426) with inputs that are at random those of the quantised
 prefix or those of the float model (after Wei et al., "QDrop", arXiv 2203.05740),
 learned steps (Esser et al., "Learned Step Size Quantization", arXiv 1902.08153),
-and Attention Round in place of their rounding.
+and offsets of the codes as in Attention Round, whose gradients here pass straight
+through: weighted by the attention they gained nothing (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from onnx_attnround.blocks import Block, find_blocks
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
 from onnx_attnround.moments import collect
-from onnx_attnround.reconstruct import open_layer, round_layer, torch_threads
+from onnx_attnround.reconstruct import open_layer, round_layer, threads_limited, torch_threads
 from onnx_attnround.records import (
     Array,
     BlockRounding,
@@ -86,7 +87,8 @@ def refine_blocks(
         )
         for index, block in enumerate(blocks):
             walk.advance(index)
-            record = _Refinement(model, plan, config, result, block, walk, index).run()
+            with threads_limited(config.threads):
+                record = _Refinement(model, plan, config, result, block, walk, index).run()
             _update(quantised, plan, result, block)
             result.blocks.append(record)
             detail = f"{block[0].node} … {block[-1].node}  {record.summary}"
@@ -194,18 +196,21 @@ class _Refinement:
                 batch = self._walk.batch(self._index, order.pop())
                 taken += batch.samples
                 loss = _loss(block.forward(_mixed(batch, generator)), batch) * batch.samples
+                if not loss.requires_grad:
+                    raise ModelError("its outputs have no gradient")
                 loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
             decay.step()
 
     def _error(self, block: QuantisedBlock) -> float:
         """The loss over all samples, with inputs of the quantised prefix."""
-        total = 0.0
+        total, samples = 0.0, 0
         with torch.no_grad():
             for batch in self._batches():
                 outputs = block.forward(_tensors(batch.quantised))
                 total += float(_loss(outputs, batch)) * batch.samples
-        return total / self._walk.samples
+                samples += batch.samples
+        return total / samples
 
 
 def _tensors(values: Mapping[str, Array]) -> dict[str, torch.Tensor]:
@@ -228,6 +233,8 @@ def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
     """Mean over the outputs of the squared error, each relative to its mean square."""
     wanted = {name: torch.from_numpy(values) for name, values in batch.outputs.items()}
     floating = [name for name in wanted if wanted[name].is_floating_point()]
+    if not floating:
+        raise ModelError("its outputs are integers")
     losses = [
         (outputs[name] - wanted[name]).square().mean()
         / wanted[name].square().mean().clamp_min(1e-30)
