@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -119,13 +119,8 @@ def round_layers(
         for index, layer in enumerate(layers):
             walk.advance(index)
             with torch_threads(layer, config.threads):
-                moments = collect(
-                    layer.plan,
-                    layer.weight,
-                    walk.inputs(index),
-                    samples.count,
-                    params.get(layer.plan.x),
-                    centred=layer.bias is not None,
+                moments = moments_of(
+                    layer, walk.inputs(index), samples.count, params.get(layer.plan.x)
                 )
                 if moments.finite:  # else what round_plain made of the layer stays
                     roundings[layer.plan.node] = round_layer(layer, moments, config, index)
@@ -133,6 +128,21 @@ def round_layers(
             qdq.update_layer(quantised, layer.plan, rounding, params, plan)
             on_event(_event(layer, rounding, index + 1, len(layers)))
     return roundings
+
+
+def moments_of(
+    layer: Layer,
+    batches: Iterable[tuple[Array, Array]],
+    count: int,
+    params: QuantParams | None,
+) -> Moments:
+    """The moments that ``layer`` is rounded on: centred where a bias takes up the mean error.
+
+    ``batches``, ``count`` and ``params`` as in :func:`moments.collect`.
+    """
+    return collect(
+        layer.plan, layer.weight, batches, count, params, centred=layer.bias is not None
+    )
 
 
 def torch_threads(layer: Layer, limit: int | None) -> AbstractContextManager[None]:

@@ -18,9 +18,15 @@ import onnx_ir as ir
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import tensor_value
-from onnx_attnround.moments import Moments, collect
+from onnx_attnround.moments import Moments
 from onnx_attnround.quantizer import channel_view, dequantize
-from onnx_attnround.reconstruct import Layer, open_layer, round_layer, torch_threads
+from onnx_attnround.reconstruct import (
+    Layer,
+    moments_of,
+    open_layer,
+    round_layer,
+    torch_threads,
+)
 from onnx_attnround.records import Array, Event, LayerErrors, LayerPlan, LayerRounding, QuantPlan
 from onnx_attnround.runtime import first_line, open_session
 from onnx_attnround.samples import Feeds, Samples
@@ -60,14 +66,7 @@ def layer_errors(
             walk.advance(index)
             layer = open_layer(model, planned, {}, PROBE_BITS)
             with torch_threads(layer, config.threads):
-                moments = collect(
-                    planned,
-                    layer.weight,
-                    walk.inputs(index),
-                    samples.count,
-                    None,
-                    centred=layer.bias is not None,
-                )
+                moments = moments_of(layer, walk.inputs(index), samples.count, None)
                 errors[planned.node] = _costs(layer, moments, probe, config)
             done = Event(
                 stage="measure", done=index + 1, total=len(plan.layers), detail=planned.node

@@ -24,8 +24,13 @@ from onnx_attnround import qdq
 from onnx_attnround.blocks import Block, find_blocks
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
-from onnx_attnround.moments import collect
-from onnx_attnround.reconstruct import open_layer, round_layer, threads_limited, torch_threads
+from onnx_attnround.reconstruct import (
+    moments_of,
+    open_layer,
+    round_layer,
+    threads_limited,
+    torch_threads,
+)
 from onnx_attnround.records import (
     Array,
     BlockRounding,
@@ -150,14 +155,7 @@ class _Refinement:
             layer = open_layer(self._model, planned, self._result.params, bits)
             inputs = self._layer_inputs(self._quantised(shadow, roundings), planned.x)
             with torch_threads(layer, self._config.threads), torch.no_grad():
-                moments = collect(
-                    planned,
-                    layer.weight,
-                    inputs,
-                    self._walk.samples,
-                    None,
-                    centred=layer.bias is not None,
-                )
+                moments = moments_of(layer, inputs, self._walk.samples, None)
                 if moments.finite:
                     rounding = round_layer(layer, moments, self._config, number)
                     roundings[planned.node] = rounding
@@ -245,7 +243,7 @@ def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
 
 def _update(quantised: ir.Model, plan: QuantPlan, result: Refined, block: Block) -> None:
     """Bring the model of the walk to the state of ``result``."""
-    for name in plan.activations:
+    for name in result.settled:  # no other scale has changed
         qdq.update_scale(quantised, name, result.params[name])
     for layer in block:
         qdq.update_layer(quantised, layer, result.roundings[layer.node], result.params, plan)
