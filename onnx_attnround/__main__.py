@@ -224,6 +224,15 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
             rich_help_panel=_OUT,
         ),
     ] = False,
+    work_dir: Annotated[
+        Path | None,
+        _setting(
+            "work_dir",
+            "Keep what is finished in this folder until OUT is written: the same command then "
+            "goes on where it was cut off, to the same bytes. Runs may share it.",
+            panel=_OUT,
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Write all figures to this .json file.", rich_help_panel=_OUT),

@@ -24,7 +24,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class QuantConfig(BaseModel):
-    """Everything that decides the bytes of the output; the keys of a ``--config`` file.
+    """What decides the bytes of the output, and how the run goes; the keys of a ``--config`` file.
 
     Build it with keywords (``pydantic.ValidationError`` on a mistake) or with
     :meth:`parse` (one-line ``ConfigError``).
@@ -53,6 +53,7 @@ class QuantConfig(BaseModel):
     custom_op_library: tuple[str, ...] = ()
     threads: Annotated[int, Field(ge=1)] | None = None
     activation_memory_mb: Annotated[int, Field(ge=1)] = 256
+    work_dir: Path | None = None
     min_sqnr: Finite | None = None
     max_drop: Finite | None = None
 

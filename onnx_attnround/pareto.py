@@ -93,6 +93,7 @@ def trade_off(
     ]
     points = [replace(point, on_front=_on_front(point, points)) for point in points]
     _check_gates(points)
+    shared.checkpoint.remove()
     return tuple(points)
 
 
@@ -124,6 +125,7 @@ def _run_of(shared: Run, config: QuantConfig) -> Run:
         lambda event: shared.on_event(replace(event, stage=f"{event.stage} {label}")),
         list(shared.notes),
         dict(shared.seconds),
+        shared.checkpoint.part(label),
     )
 
 

@@ -16,6 +16,7 @@ from onnx_attnround import graph, qdq
 from onnx_attnround.allocate import allocate, measures
 from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.check import Checked, check
+from onnx_attnround.checkpoint import TAKEN, Checkpoint, check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, GateError, ModelError, OutputError
 from onnx_attnround.narrow import part_inputs
@@ -96,7 +97,9 @@ def quantize(
     if output is not None:
         graph.check_output(Path(output), _path(model))
     given = load(run, model, calibration, evaluation, preprocess)
-    return finish(run, prepare(run, given), output)
+    result = finish(run, prepare(run, given), output)
+    run.checkpoint.remove()
+    return result
 
 
 def check_model(
@@ -157,6 +160,7 @@ class Run:
     on_event: OnEvent
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -177,6 +181,8 @@ def load(
 ) -> Loaded:
     """Open model and samples, and judge whether they are what the config needs."""
     source = _path(model)
+    if run.config.work_dir is not None:
+        check_work_dir(run.config.work_dir)
     with run.stage("load"):
         original = _load(model)
         samples = _open_calibration(run, source, calibration, original, preprocess)
@@ -192,6 +198,11 @@ def load(
 def prepare(run: Run, given: Loaded) -> Prepared:
     """The stages that do not depend on the bits of the layers."""
     samples = given.samples
+    if run.config.work_dir is not None and samples is not None:
+        with run.stage("resume"):
+            run.checkpoint = open_checkpoint(
+                run.config.work_dir, given.original, samples, run.config
+            )
     with run.stage("simplify"):
         simplified, changes = simplify(given.original)
         run.notes += changes
@@ -226,13 +237,20 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         blocks=blocks,
         checked=checked,
         verification=verification,
-        notes=tuple(run.notes),
+        notes=(*run.notes, *_taken(run)),
         seconds=run.seconds,
     )
     _check_gates(result, config)
     if output is not None:
         graph.save(quantised, Path(output), source=prepared.given.source)
     return result
+
+
+def _taken(run: Run) -> Iterator[str]:
+    """What the run did not have to do, because an earlier one had done it."""
+    if taken := run.checkpoint.taken:
+        found = ", ".join(f"{stage} {count}" for stage, count in taken.items())
+        yield f"results taken from '{run.config.work_dir}': {found}"
 
 
 def _path(model: Path | str | ir.Model) -> Path | None:
@@ -310,7 +328,12 @@ def _calibrate(
 ) -> Calibration:
     if samples is None:
         return Calibration(stats={}, params={})
-    return calibrate(
+    kept: Calibration | None = run.checkpoint.get("calibrate")
+    if kept is not None:
+        count, detail = samples.count, f"samples{TAKEN}"
+        run.on_event(Event(stage="calibrate", done=count, total=count, detail=detail))
+        return kept
+    found = calibrate(
         model,
         plan.activations,
         samples,
@@ -320,6 +343,8 @@ def _calibrate(
         same_range=plan.same_range,
         on_event=run.on_event,
     )
+    run.checkpoint.put(found, "calibrate")
+    return found
 
 
 def _measure(
@@ -331,7 +356,7 @@ def _measure(
     from onnx_attnround.sensitivity import layer_errors  # with torch: takes a second
 
     with run.stage("measure"):
-        return layer_errors(model, plan, samples, run.config, run.on_event)
+        return layer_errors(model, plan, samples, run.config, run.on_event, run.checkpoint)
 
 
 def _round(run: Run, prepared: Prepared, allocation: BitAllocation) -> dict[str, LayerRounding]:
@@ -341,7 +366,9 @@ def _round(run: Run, prepared: Prepared, allocation: BitAllocation) -> dict[str,
     samples = prepared.given.samples
     if samples is None:
         return round_plain(model, plan, params, allocation)
-    return round_layers(model, plan, params, allocation, samples, run.config, run.on_event)
+    return round_layers(
+        model, plan, params, allocation, samples, run.config, run.on_event, run.checkpoint
+    )
 
 
 def _refine(
@@ -355,7 +382,9 @@ def _refine(
 
     model, plan = prepared.simplified, prepared.plan
     with run.stage("refine"):
-        refined = refine_blocks(model, plan, params, roundings, samples, run.config, run.on_event)
+        refined = refine_blocks(
+            model, plan, params, roundings, samples, run.config, run.on_event, run.checkpoint
+        )
     run.notes += [
         f"block {block.nodes[0]} … {block.nodes[-1]}: {block.summary}"
         for block in refined.blocks
@@ -413,7 +442,7 @@ def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocat
         version = "unknown"
     model.metadata_props["onnx_attnround.version"] = version
     model.metadata_props["onnx_attnround.config"] = config.model_dump_json(
-        exclude={"custom_op_library"}  # paths of the machine that it was made on
+        exclude={"custom_op_library", "work_dir"}  # paths of the machine that it was made on
     )
     model.metadata_props["onnx_attnround.bits"] = " ".join(
         f"{node}={bits}" for node, bits in allocation.bits.items()

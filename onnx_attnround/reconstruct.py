@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from onnx_attnround import qdq
+from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.moments import Moments, collect
 from onnx_attnround.ops import weight_matrix, weight_tensor
@@ -98,14 +99,18 @@ def round_layers(
     samples: Samples,
     config: QuantConfig,
     on_event: Callable[[Event], None],
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, LayerRounding]:
     """Round layer after layer, in graph order, on the objective of ``moments.py``.
 
-    Returns one rounding per node name. Deterministic for the same inputs.
+    Returns one rounding per node name. Deterministic for the same inputs. Layers that
+    ``checkpoint`` holds are taken from it, the others are put there.
     """
+    checkpoint = checkpoint or Checkpoint()
     layers = _prepare(model, plan, params, allocation)
     roundings = round_plain(model, plan, params, allocation)
     quantised = qdq.insert(model, plan, params, roundings, "int8")
+    kept = [checkpoint.get("round", index) for index in range(len(layers))]
     with ActivationStore(config.activation_memory_mb << 20) as store:
         walk = Walk(
             model,
@@ -117,16 +122,21 @@ def round_layers(
             threads=config.threads,
         )
         for index, layer in enumerate(layers):
-            walk.advance(index)
-            with torch_threads(layer, config.threads):
-                moments = moments_of(
-                    layer, walk.inputs(index), samples.count, params.get(layer.plan.x)
-                )
-                if moments.finite:  # else what round_plain made of the layer stays
-                    roundings[layer.plan.node] = round_layer(layer, moments, config, index)
-            rounding = roundings[layer.plan.node]
+            if None in kept[index:]:
+                walk.advance(index)
+            rounding = kept[index] or roundings[layer.plan.node]
+            if kept[index] is None:
+                with torch_threads(layer, config.threads):
+                    moments = moments_of(
+                        layer, walk.inputs(index), samples.count, params.get(layer.plan.x)
+                    )
+                    if moments.finite:  # else what round_plain made of the layer stays
+                        rounding = round_layer(layer, moments, config, index)
+                checkpoint.put(rounding, "round", index)
+            roundings[layer.plan.node] = rounding
             qdq.update_layer(quantised, layer.plan, rounding, params, plan)
-            on_event(_event(layer, rounding, index + 1, len(layers)))
+            detail = _outcome(layer, rounding) + (TAKEN if kept[index] else "")
+            on_event(Event(stage="round", done=index + 1, total=len(layers), detail=detail))
     return roundings
 
 
@@ -179,13 +189,12 @@ def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int)
     return layer.rounding(solution, bias, max(float(moments.signal.sum()), 1e-30))
 
 
-def _event(layer: Layer, rounding: LayerRounding, done: int, total: int) -> Event:
+def _outcome(layer: Layer, rounding: LayerRounding) -> str:
     nearest, final = (
         f"{10 * np.log10(max(mse, 1e-30)):.1f} dB"
         for mse in (rounding.mse_nearest, rounding.mse_final)
     )
-    detail = f"{layer.plan.node}  {layer.spec.bits} bits  {nearest} → {final}"
-    return Event(stage="round", done=done, total=total, detail=detail)
+    return f"{layer.plan.node}  {layer.spec.bits} bits  {nearest} → {final}"
 
 
 def _prepare(

@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import tensor_value
@@ -43,13 +44,17 @@ def layer_errors(
     samples: Samples,
     config: QuantConfig,
     on_event: Callable[[Event], None],
+    checkpoint: Checkpoint | None = None,
 ) -> LayerErrors:
     """The error of the outputs, by node name and each of ``bit_choices``; deterministic.
 
     Activations stay float. The error of a layer whose inputs are too large to be
-    squared is taken to be ``4^-b``. Raises ``CalibrationError`` if the model does
-    not run on the samples.
+    squared is taken to be ``4^-b``. Layers that ``checkpoint`` holds are taken from
+    it, the others are put there. Raises ``CalibrationError`` if the model does not
+    run on the samples.
     """
+    checkpoint = checkpoint or Checkpoint()
+    kept = [checkpoint.get("measure", index) for index in range(len(plan.layers))]
     probe = _Probe(model, plan.layers, samples, config)
     errors = {}
     with ActivationStore(config.activation_memory_mb << 20) as store:
@@ -63,14 +68,17 @@ def layer_errors(
             threads=config.threads,
         )
         for index, planned in enumerate(plan.layers):
-            walk.advance(index)
-            layer = open_layer(model, planned, {}, PROBE_BITS)
-            with torch_threads(layer, config.threads):
-                moments = moments_of(layer, walk.inputs(index), samples.count, None)
-                errors[planned.node] = _costs(layer, moments, probe, config)
-            done = Event(
-                stage="measure", done=index + 1, total=len(plan.layers), detail=planned.node
-            )
+            if None in kept[index:]:
+                walk.advance(index)
+            if missing := kept[index] is None:
+                layer = open_layer(model, planned, {}, PROBE_BITS)
+                with torch_threads(layer, config.threads):
+                    moments = moments_of(layer, walk.inputs(index), samples.count, None)
+                    kept[index] = _costs(layer, moments, probe, config)
+                checkpoint.put(kept[index], "measure", index)
+            errors[planned.node] = kept[index]
+            detail = planned.node + ("" if missing else TAKEN)
+            done = Event(stage="measure", done=index + 1, total=len(plan.layers), detail=detail)
             on_event(done)
     return errors
 

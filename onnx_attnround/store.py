@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ import numpy as np
 
 from onnx_attnround.errors import OutputError
 from onnx_attnround.records import Array
+from onnx_attnround.scratch import scratch
 
 
 @dataclass(slots=True)
@@ -32,7 +34,8 @@ class ActivationStore:
     def __init__(self, budget: int) -> None:
         self._free = budget
         self._held: dict[tuple[str, int], Array | _Spilled] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
+        self._open = ExitStack()
         self._written = 0
 
     def __enter__(self) -> ActivationStore:
@@ -45,8 +48,7 @@ class ActivationStore:
         trace: TracebackType | None,
     ) -> None:
         self._held.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._open.close()
 
     def put(self, name: str, batch: int, values: Array) -> None:
         """Keep one batch; raises ``OutputError`` if the disk is full."""
@@ -75,8 +77,8 @@ class ActivationStore:
     def _spill(self, values: Array) -> _Spilled:
         try:
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="attnround-")
-            path = Path(self._folder.name) / f"{self._written}.bin"
+                self._folder = self._open.enter_context(scratch(Path(tempfile.gettempdir())))
+            path = self._folder / f"{self._written}.bin"
             values.tofile(path)
         except OSError as error:
             raise OutputError(

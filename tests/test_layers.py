@@ -16,14 +16,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from modules of a lower level; within a folder, freely.
 _NAMES = (
     "errors",
-    "targets",
+    "targets scratch",
     "records",
     "quantizer graph ops store stages progress",
     "config runtime simplify qdq moments shadow",
     "allocate check preprocess plan rounding",
     "samples narrow",
     "calibrate walk verify",
-    "blocks",
+    "blocks checkpoint",
     "reconstruct",
     "refine sensitivity",
     "pipeline",

@@ -17,6 +17,7 @@ from onnx_attnround.check.reasons import reason
 from onnx_attnround.check.view import Layer, View
 from onnx_attnround.ops import count_macs
 from onnx_attnround.runtime import open_session
+from onnx_attnround.scratch import scratch
 
 # The weighted ops that ONNX Runtime's fusions leave where a layer runs in integer.
 INTEGER_OPS = frozenset({
@@ -99,8 +100,8 @@ def _seen_by_ort(view: View) -> tuple[str, frozenset[str]]:
     Layout changes add ``_token_<n>`` to the name of the node that they replace.
     """
     signed = view.target.activation_signed
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimised.onnx"
+    with scratch(Path(tempfile.gettempdir())) as folder:
+        path = folder / "optimised.onnx"
         open_session(view.model, signed_activations=signed, optimised_model=path)
         nodes = onnx.load(path, load_external_data=False).graph.node
     names = [node.name for node in nodes if node.op_type in INTEGER_OPS]

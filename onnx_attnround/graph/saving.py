@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnx_ir as ir
 
 from onnx_attnround.errors import OutputError
 from onnx_attnround.graph.editing import in_memory
+from onnx_attnround.scratch import scratch
 
 INLINE_LIMIT = 1_800_000_000
 """Bytes of constants above which they go to a file of their own (protobuf ends at 2 GiB)."""
@@ -107,9 +107,9 @@ def _staged(path: Path) -> Iterator[Path]:
     Files are flushed to disk before they move; the folder vanishes in any case.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
-            yield Path(name)
-            files = sorted(Path(name).iterdir(), key=lambda file: file.name == path.name)
+        with scratch(path.parent) as folder:
+            yield folder
+            files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
             for file in files:
                 _sync(file)
             for file in files:

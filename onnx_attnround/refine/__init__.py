@@ -22,6 +22,7 @@ import torch
 
 from onnx_attnround import qdq
 from onnx_attnround.blocks import Block, find_blocks
+from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
 from onnx_attnround.reconstruct import (
@@ -62,6 +63,18 @@ class Refined:
     blocks: list[BlockRounding] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
 
+    def add(
+        self,
+        block: BlockRounding,
+        roundings: Mapping[str, LayerRounding],
+        steps: Mapping[str, QuantParams],
+    ) -> None:
+        """Take up what one block has become."""
+        self.blocks.append(block)
+        self.roundings.update(roundings)
+        self.params.update(steps)
+        self.settled.update(steps)
+
 
 def refine_blocks(
     model: ir.Model,
@@ -71,15 +84,19 @@ def refine_blocks(
     samples: Samples,
     config: QuantConfig,
     on_event: Callable[[Event], None],
+    checkpoint: Checkpoint | None = None,
 ) -> Refined:
     """Refine block after block, each against what the refined prefix really feeds it.
 
     A block whose error on all samples does not fall stays as it was, and so does one
     that cannot run in torch; its record says why. Deterministic for the same inputs.
+    Blocks that ``checkpoint`` holds are taken from it, the others are put there.
     """
+    checkpoint = checkpoint or Checkpoint()
     result = Refined(roundings=dict(roundings), params=dict(params))
     quantised = qdq.insert(model, plan, params, roundings, "int8")
     blocks = find_blocks(model, plan.layers)
+    kept = [checkpoint.get("refine", index) for index in range(len(blocks))]
     with ActivationStore(config.activation_memory_mb << 20) as store:
         walk = BlockWalk(
             model,
@@ -91,18 +108,27 @@ def refine_blocks(
             threads=config.threads,
         )
         for index, block in enumerate(blocks):
-            walk.advance(index)
-            with threads_limited(config.threads):
-                record = _Refinement(model, plan, config, result, block, walk, index).run()
+            if None in kept[index:]:
+                walk.advance(index)
+            if missing := kept[index] is None:
+                with threads_limited(config.threads):
+                    kept[index] = _Refinement(
+                        model, plan, config, result, block, walk, index
+                    ).run()
+                checkpoint.put(kept[index], "refine", index)
+            result.add(*kept[index])
             _update(quantised, plan, result, block)
-            result.blocks.append(record)
-            detail = f"{block[0].node} … {block[-1].node}  {record.summary}"
+            detail = f"{block[0].node} … {block[-1].node}  {result.blocks[-1].summary}"
+            detail += "" if missing else TAKEN
             on_event(Event(stage="refine", done=index + 1, total=len(blocks), detail=detail))
     return result
 
 
+Outcome = tuple[BlockRounding, dict[str, LayerRounding], dict[str, QuantParams]]
+
+
 class _Refinement:
-    """The work on one block, whose outcome goes into ``result`` if it is for the better."""
+    """The work on one block, after the earlier ones in ``result``."""
 
     def __init__(
         self,
@@ -118,11 +144,11 @@ class _Refinement:
         self._result, self._block = result, block
         self._walk, self._index = walk, index
 
-    def run(self) -> BlockRounding:
-        """Round the layers anew, train the block, keep the best of the three."""
+    def run(self) -> Outcome:
+        """Round the layers anew, train the block; the best of the three, for ``Refined.add``."""
         names = tuple(layer.node for layer in self._block)
         if len({layer.weight for layer in self._block}) < len(names):
-            return BlockRounding(nodes=names, skipped="two layers share a weight")
+            return BlockRounding(nodes=names, skipped="two layers share a weight"), {}, {}
         try:
             shadow = build_shadow(self._model, *self._walk.names(self._index))
             given = self._quantised(shadow, self._result.roundings)
@@ -133,11 +159,9 @@ class _Refinement:
             self._train(trained)
             best, error = min(((best, error), (trained, self._error(trained))), key=itemgetter(1))
         except ModelError as reason:
-            return BlockRounding(nodes=names, skipped=str(reason))
-        self._result.roundings.update(best.roundings())
-        self._result.params.update(best.steps())
-        self._result.settled.update(best.steps())
-        return BlockRounding(nodes=names, error_before=before, error_after=error)
+            return BlockRounding(nodes=names, skipped=str(reason)), {}, {}
+        record = BlockRounding(nodes=names, error_before=before, error_after=error)
+        return record, best.roundings(), best.steps()
 
     def _quantised(
         self, shadow: Shadow, roundings: Mapping[str, LayerRounding]
