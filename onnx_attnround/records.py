@@ -22,8 +22,10 @@ class QuantSpec:
 
     ``bits`` is the width of the codes, 2 to 16. ``narrow`` drops the lowest
     signed code, so that the range is symmetric. ``axis`` is the channel axis of
-    per-channel quantisation, ``None`` for per-tensor. ``fixed_range`` takes the
-    place of an observed range; any is at least ``least_range`` wide.
+    per-channel quantisation, ``None`` for per-tensor; with ``block_size`` each run of
+    so many inputs, along the other axis of a matrix, has a scale of its own.
+    ``fixed_range`` takes the place of an observed range; any is at least
+    ``least_range`` wide.
     """
 
     bits: int
@@ -31,6 +33,7 @@ class QuantSpec:
     symmetric: bool
     narrow: bool = False
     axis: int | None = None
+    block_size: int | None = None
     least_range: float = 0.0
     fixed_range: tuple[float, float] | None = None
 

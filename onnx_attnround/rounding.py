@@ -14,8 +14,8 @@ formulas below are our own derivation of that idea.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,7 @@ BLOCK = 128  # ... so many at a time ...
 SWEEPS = 8  # ... in so many passes at most
 REFITS = 3  # alternations of least-squares scale and descent
 RESAMPLES = 20  # draws around the solution, for layers of up to WIDE inputs
+MOST_WEIGHTS = 1 << 23  # that are rounded together: a dozen tensors of so many are alive
 RESAMPLE_TAU = 0.25  # standard deviation of these draws, in steps of the grid
 SCALE_CANDIDATES = torch.linspace(0.3, 1.1, 33)
 
@@ -39,7 +40,10 @@ class Objective:
     """The layer's output error as a function of codes and scale.
 
     ``weight`` and ``linear`` (``W D``) are ``[g, o, d]``, ``gram`` ``[g, d, d]``
-    with the ridge on its diagonal, ``constant`` and ``scale_floor`` ``[g, o]``.
+    with the ridge on its diagonal, ``constant`` and ``scale_floor`` ``[g, o]``. For
+    nearest rounding the diagonal of ``gram``, ``[g, 1, d]``, will do.
+    Each ``block_size`` inputs have a scale of their own; without, a row is one block.
+    A scale is ``[g, o, 1]``, or with blocks ``[g, o, d]``, the same all over a block.
     Rows along ``shared_axes`` (0 groups, 1 outputs) have one scale.
     """
 
@@ -51,15 +55,30 @@ class Objective:
     qmin: int
     qmax: int
     shared_axes: tuple[int, ...] = ()
+    block_size: int | None = None
 
     def loss(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Error power per output row, ``[g, o]``."""
         delta = codes * scale - self.weight
-        return (delta * (delta @ self.gram - 2 * self.linear)).sum(-1) + self.constant
+        return (delta * (self._weighed(delta) - 2 * self.linear)).sum(-1) + self.constant
 
     def slope(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Half the gradient of the loss by the dequantised weight, ``[g, o, d]``."""
-        return (codes * scale - self.weight) @ self.gram - self.linear
+        return self._weighed(codes * scale - self.weight) - self.linear
+
+    def _weighed(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta * self.gram if self._diagonal else delta @ self.gram
+
+    @property
+    def _diagonal(self) -> bool:
+        return self.gram.shape[1] < self.gram.shape[2]
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """The power of each input, ``[g, 1, d]``."""
+        if self._diagonal:
+            return self.gram
+        return self.gram.diagonal(dim1=1, dim2=2)[:, None, :]
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor:
         """Codes of rounding to nearest."""
@@ -70,14 +89,33 @@ class Objective:
         return position.round().clamp_(self.qmin, self.qmax)
 
     def pool(self, rows: torch.Tensor) -> torch.Tensor:
-        """Sum ``[g, o]`` over the rows that share a scale."""
+        """Sum ``[g, o, ...]`` over the rows that share a scale."""
         axes = self.shared_axes
         return rows.sum(axes, keepdim=True).expand_as(rows) if axes else rows
+
+    def blocks(self) -> Iterator[slice]:
+        """The inputs that share a scale."""
+        depth = self.weight.shape[-1]
+        width = self.block_size or max(depth, 1)
+        return (slice(start, min(start + width, depth)) for start in range(0, depth, width))
+
+    def per_block(self, values: torch.Tensor) -> torch.Tensor:
+        """``[g, o, d]`` as ``[g, o, blocks, inputs of a block]``, filled up with zeros."""
+        if self.block_size is None:
+            return values[..., None, :]
+        missing = -values.shape[-1] % self.block_size
+        return torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, self.block_size))
+
+    def spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """One scale a block, ``[g, o, blocks]``, as codes are multiplied by it."""
+        if self.block_size is None:
+            return scale
+        return scale.repeat_interleave(self.block_size, -1)[..., : self.weight.shape[-1]]
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """Codes ``[g, o, d]``, scale ``[g, o, 1]`` and losses ``[g, o]`` of one layer."""
+    """Codes ``[g, o, d]``, scale as in ``Objective`` and losses ``[g, o]`` of one layer."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -95,17 +133,19 @@ def objective(
     shared_axes: tuple[int, ...] = (),
 ) -> Objective:
     """The objective of a layer with weight ``[g, o, d]`` from the moments of its input."""
-    power = moments.gram.diagonal(dim1=1, dim2=2).mean(-1)
-    ridge = RIDGE * power.clamp_min(1e-12)[:, None, None] * torch.eye(moments.gram.shape[-1])
+    gram = moments.gram.clone()
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE * diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
     return Objective(
         weight=weight,
-        gram=moments.gram + ridge,
+        gram=gram,
         linear=weight @ moments.cross,
         constant=moments.power,
         scale_floor=scale_floor,
         qmin=spec.qmin,
         qmax=spec.qmax,
         shared_axes=shared_axes,
+        block_size=spec.block_size,
     )
 
 
@@ -116,22 +156,58 @@ def plain_objective(
     scale_floor: torch.Tensor,
     shared_axes: tuple[int, ...] = (),
 ) -> Objective:
-    """Without calibration: the error of the weight itself."""
-    groups, _, depth = weight.shape
+    """Without calibration, for nearest rounding: the error of the weight itself."""
+    groups, outputs, depth = weight.shape
     return Objective(
         weight=weight,
-        gram=torch.eye(depth).expand(groups, depth, depth),
-        linear=torch.zeros_like(weight),
-        constant=torch.zeros(weight.shape[:2]),
+        gram=torch.ones(groups, 1, depth),
+        linear=torch.zeros(()).expand_as(weight),
+        constant=torch.zeros(groups, outputs),
         scale_floor=scale_floor,
         qmin=spec.qmin,
         qmax=spec.qmax,
         shared_axes=shared_axes,
+        block_size=spec.block_size,
     )
 
 
 def solve(problem: Objective, method: str, *, steps: int, seed: int) -> Solution:
-    """Round one layer; never worse than nearest rounding, row by row, on the objective."""
+    """Round one layer; never worse than nearest rounding, row by row, on the objective.
+
+    The rows of a large layer are taken a part at a time, to bound the memory.
+    """
+    found = [_solve(part, method, steps, seed) for part in _parts(problem)]
+    if len(found) == 1:
+        return found[0]
+    rows = [part.codes.shape[1] for part in found]
+    return Solution(
+        codes=torch.cat([part.codes for part in found], 1),
+        scale=torch.cat([part.scale for part in found], 1),
+        loss_nearest=torch.cat([part.loss_nearest for part in found], 1),
+        loss=torch.cat([part.loss for part in found], 1),
+        changed=sum(n * part.changed for n, part in zip(rows, found, strict=True)) / sum(rows),
+    )
+
+
+def _parts(problem: Objective) -> Iterator[Objective]:
+    """The problem, or problems of some of its rows each, with up to ``MOST_WEIGHTS`` weights."""
+    groups, outputs, depth = problem.weight.shape
+    size = max(MOST_WEIGHTS // (groups * depth), 1)
+    if problem.shared_axes or size >= outputs:
+        yield problem
+        return
+    for start in range(0, outputs, size):
+        rows = slice(start, start + size)
+        yield replace(
+            problem,
+            weight=problem.weight[:, rows],
+            linear=problem.linear[:, rows],
+            constant=problem.constant[:, rows],
+            scale_floor=problem.scale_floor[:, rows],
+        )
+
+
+def _solve(problem: Objective, method: str, steps: int, seed: int) -> Solution:
     scale = search_scale(problem)
     nearest = problem.nearest(scale)
     loss_nearest = problem.loss(nearest, scale)
@@ -154,33 +230,36 @@ def solve(problem: Objective, method: str, *, steps: int, seed: int) -> Solution
 
 
 def search_scale(problem: Objective) -> torch.Tensor:
-    """The scale ``[g, o, 1]`` with the least nearest-rounding error, inputs taken uncorrelated.
+    """The scales with the least nearest-rounding error, inputs taken uncorrelated.
 
     Correlations are left to the rounding: scales that the full Gram matrix picks
     for nearest rounding serve the learned rounding less well (docs/experiments.md).
     """
     widest = _widest_scale(problem)
-    importance = problem.gram.diagonal(dim1=1, dim2=2)[:, None, :]
-    best, best_error = widest, torch.full_like(widest[..., 0], math.inf)
+    best, best_error = widest, torch.full_like(widest, math.inf)
     for factor in SCALE_CANDIDATES.tolist():
         scale = torch.maximum(widest * factor, problem.scale_floor[..., None])
-        residue = problem.nearest(scale) * scale - problem.weight
-        error = problem.pool((residue.square() * importance).sum(-1))
+        spread = problem.spread(scale)
+        residue = problem.nearest(spread) * spread - problem.weight
+        error = problem.pool(problem.per_block(residue.square() * problem.importance).sum(-1))
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best = torch.where(better[..., None], scale, best)
-    return best
+        best = torch.where(better, scale, best)
+    return problem.spread(best)
 
 
 def _widest_scale(problem: Objective) -> torch.Tensor:
-    """The scale that just holds the largest weight; dead rows take the mean of the others."""
-    peak = problem.weight.abs().amax(-1)
+    """The scale of each block that just holds its largest weight, ``[g, o, blocks]``.
+
+    Dead blocks take the mean of the others.
+    """
+    peak = problem.per_block(problem.weight.abs()).amax(-1)
     if problem.shared_axes:
         peak = peak.amax(problem.shared_axes, keepdim=True).expand_as(peak)
     scale = peak / problem.qmax
     alive = scale > torch.finfo(torch.float32).tiny
     usual = scale[alive].mean() if bool(alive.any()) else torch.tensor(2.0**-12)
-    return torch.maximum(torch.where(alive, scale, usual), problem.scale_floor)[..., None]
+    return torch.maximum(torch.where(alive, scale, usual), problem.scale_floor[..., None])
 
 
 def refit_scale(
@@ -188,15 +267,33 @@ def refit_scale(
 ) -> torch.Tensor:
     """The least-squares scale for given codes: ``(q G W' + q (W D)') / (q G q')``.
 
-    A row keeps its scale where the fit is undefined or leaves ``[s/3, 3s]``.
+    Of several blocks one after the other is fitted to what the rest leaves of ``W``.
+    A block keeps its scale where the fit is undefined or leaves ``[s/3, 3s]``.
     """
-    projected = codes @ problem.gram
-    wanted = problem.pool((projected * problem.weight + codes * problem.linear).sum(-1))
-    power = problem.pool((projected * codes).sum(-1))
-    fitted = (wanted / power.clamp_min(torch.finfo(torch.float32).tiny))[..., None]
+    rest = problem.weight - codes * scale
+    fitted = scale.clone()
+    for block in problem.blocks():
+        here = block if problem.block_size else slice(None)  # of the scale
+        held = codes[..., block]
+        rest[..., block] = problem.weight[..., block]
+        fitted[..., here] = _fit(problem, block, held, rest, scale[..., here])
+        rest[..., block] -= held * fitted[..., here]
+    return fitted
+
+
+def _fit(
+    problem: Objective, block: slice, codes: torch.Tensor, rest: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The scale of the codes ``[g, o, b]`` of one block that is to make up for ``rest``."""
+    projected = codes @ problem.gram[:, block]
+    power = problem.pool((projected[..., block] * codes).sum(-1))
+    wanted = projected.mul_(rest)
+    wanted[..., block] += codes * problem.linear[..., block]
+    fitted = problem.pool(wanted.sum(-1)) / power.clamp_min(torch.finfo(torch.float32).tiny)
     floor = torch.maximum(scale / 3, problem.scale_floor[..., None])
-    sound = (power[..., None] > 0) & (fitted >= floor) & (fitted <= 3 * scale)
-    return torch.where(sound, fitted, scale)
+    fit = fitted[..., None]
+    sound = (power[..., None] > 0) & (fit >= floor) & (fit <= 3 * scale)
+    return torch.where(sound, fit, scale)
 
 
 # --- methods ----------------------------------------------------------------------------
@@ -311,8 +408,9 @@ def descend(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> tor
         moved = False
         for start in range(0, depth, width):
             block = slice(start, min(start + width, depth))
-            better = _descend_block(problem, codes, slope, scale, block)
-            change = (better - codes[..., block]).mul_(scale)
+            step = scale[..., block] if problem.block_size else scale
+            better = _descend_block(problem, codes, slope, step, block)
+            change = (better - codes[..., block]).mul_(step)
             if bool(change.any()):
                 moved = True
                 codes[..., block] = better
@@ -332,10 +430,10 @@ def _descend_block(
 ) -> torch.Tensor:
     """Codes ``[g, o, b]`` of one block of inputs, from which no single move gains.
 
-    With the excess ``u_j = h_j / (s G_jj)`` of the slope ``h``, in steps of the
+    With the excess ``u_j = h_j / (s_j G_jj)`` of the slope ``h``, in steps of the
     grid, the best move of code ``j`` is ``k = round(q_j - u_j) - q_j``, within the
-    range, and changes the loss by ``s^2 G_jj k (2 u_j + k)``. Rows that are done
-    drop out.
+    range, and changes the loss by ``s_j^2 G_jj k (2 u_j + k)``. A move of ``i`` adds
+    ``k s_i G_ij / (s_j G_jj)`` to the excess of ``j``. Rows that are done drop out.
     """
     groups, outputs, _ = codes.shape
     group = torch.arange(groups).repeat_interleave(outputs)
@@ -343,8 +441,11 @@ def _descend_block(
     diagonal = gram.diagonal(dim1=1, dim2=2)[group]
     pull = gram / gram.diagonal(dim1=1, dim2=2)[:, None, :]  # of input i on the excess of j
     result = codes[..., block].reshape(len(group), -1).clone()
-    excess = slope[..., block].reshape(result.shape) / (diagonal * scale.reshape(-1, 1))
-    weight = diagonal / diagonal.mean(1, keepdim=True)
+    step = scale.reshape(len(group), -1)
+    excess = slope[..., block].reshape(result.shape) / (diagonal * step)
+    step = (step / step.amax(1, keepdim=True)).expand_as(excess)  # all 1 without blocks
+    weight = diagonal * step.square()
+    weight = weight / weight.mean(1, keepdim=True)
     state, active = result.clone(), torch.arange(len(result))
     for _ in range(8 * result.shape[1] + 256):  # a bound; rows are done long before
         move = torch.sub(state, excess).round_().clamp_(problem.qmin, problem.qmax).sub_(state)
@@ -353,13 +454,16 @@ def _descend_block(
         left = int(gains.sum())
         taken = move.gather(1, where[:, None]).mul_(gains[:, None])
         state.scatter_add_(1, where[:, None], taken)
-        excess += taken * pull[group, where]
+        push = taken * pull[group, where]
+        if problem.block_size:
+            push.mul_(step.gather(1, where[:, None])).div_(step)
+        excess += push
         if left < 0.75 * len(active):
             result[active] = state
             if not left:
                 break
             active, state, excess = active[gains], state[gains], excess[gains]
-            weight, group = weight[gains], group[gains]
+            weight, group, step = weight[gains], group[gains], step[gains]
     result[active] = state
     return result.reshape(groups, outputs, -1)
 

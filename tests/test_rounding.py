@@ -84,8 +84,10 @@ def problem_of(
     return Problem(problem, x, v)
 
 
-def spec_of(bits: int, *, narrow: bool = False) -> QuantSpec:
-    return QuantSpec(bits=bits, signed=True, symmetric=True, narrow=narrow, axis=0)
+def spec_of(bits: int, *, narrow: bool = False, block: int | None = None) -> QuantSpec:
+    return QuantSpec(
+        bits=bits, signed=True, symmetric=True, narrow=narrow, axis=0, block_size=block
+    )
 
 
 def inputs(kind: str, shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
@@ -122,9 +124,10 @@ def problems(draw: st.DrawFn, max_depth: int = 12) -> Problem:
     v = x + draw(st.sampled_from([0.0, 0.05, 1.0])) * torch.randn(x.shape, generator=generator)
     factor = 10.0 ** draw(st.integers(-6, 6))
     floor = draw(st.sampled_from([TINY, TINY, 0.01, 10.0])) * float(weight.abs().max())
-    spec = spec_of(draw(st.integers(2, 8)), narrow=draw(st.booleans()))
-    return problem_of(weight, x * factor, v * factor, spec, floor=max(floor, TINY),
-                      shared=draw(st.sampled_from([(), (0,), (0, 1)])))  # fmt: skip
+    block = draw(st.sampled_from([None, None, 1, 3, 4, 16]))  # whether it divides or not
+    spec = spec_of(draw(st.integers(2, 8)), narrow=draw(st.booleans()), block=block)
+    shared = () if block else draw(st.sampled_from([(), (0,), (0, 1)]))
+    return problem_of(weight, x * factor, v * factor, spec, floor=max(floor, TINY), shared=shared)
 
 
 def assert_sound(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> None:
@@ -133,7 +136,10 @@ def assert_sound(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -
     assert problem.qmin <= int(codes.min())
     assert int(codes.max()) <= problem.qmax
     assert bool(scale.isfinite().all())
-    assert bool((scale[..., 0] >= problem.scale_floor).all())
+    assert bool((scale >= problem.scale_floor[..., None]).all())
+    assert scale.shape == (problem.weight if problem.block_size else scale[..., :1]).shape
+    for block in problem.blocks() if problem.block_size else ():
+        assert torch.equal(scale[..., block], scale[..., block][..., :1].expand_as(codes[..., block]))
     for axis in problem.shared_axes:
         assert torch.equal(scale, scale.narrow(axis, 0, 1).expand_as(scale))
 
@@ -245,7 +251,7 @@ def test_descent_never_costs_and_ends_where_no_move_gains(problem: Problem, seed
         if torch.equal(codes, last):
             break
     loss = problem.direct(codes, scale)
-    stiffness = target.gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None] * scale[..., 0].square()
+    stiffness = (target.gram.diagonal(dim1=1, dim2=2)[:, None] * scale.square()).mean(-1)
     for at, level in itertools.product(
         range(codes.shape[-1]), range(target.qmin, target.qmax + 1, 1 if target.qmax < 8 else 5)
     ):
@@ -255,11 +261,16 @@ def test_descent_never_costs_and_ends_where_no_move_gains(problem: Problem, seed
         assert bool((problem.direct(moved, scale) >= loss - slack).all())
 
 
-def test_descent_in_blocks_ends_where_no_move_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "BLOCK", 5, raising=False)
+@pytest.mark.parametrize("size", [None, 3])
+def test_descent_in_blocks_ends_where_no_move_gains(
+    size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "WIDE", 10)
+    monkeypatch.setattr(rounding, "BLOCK", 5)
     generator = torch.Generator().manual_seed(0)
     x = inputs("correlated", (2, 200, 17), generator)
-    problem = problem_of(torch.randn(2, 4, 17, generator=generator), x, x, spec_of(4))
+    weight = torch.randn(2, 4, 17, generator=generator)
+    problem = problem_of(weight, x, x, spec_of(4, block=size))
     target = problem.objective
     scale = search_scale(target)
     start = target.nearest(scale)
@@ -304,15 +315,31 @@ def test_weights_of_absurd_size_still_give_codes(method: str, factor: float) -> 
     assert_sound(target, solution.codes, solution.scale)
 
 
-@pytest.mark.parametrize("method", sorted(ROUNDERS))
-def test_without_calibration_the_error_of_the_weight_counts(method: str) -> None:
+@pytest.mark.parametrize("block", [None, 4])
+def test_without_calibration_the_error_of_the_weight_counts(block: int | None) -> None:
     weight = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
     floor = torch.full((2, 3), TINY)
-    target = plain_objective(weight, spec_of(3), scale_floor=floor)
-    solution = solve(target, method, steps=30, seed=0)
+    target = plain_objective(weight, spec_of(3, block=block), scale_floor=floor)
+    solution = solve(target, "nearest", steps=0, seed=0)
     error = (solution.codes * solution.scale - weight).square().sum(-1)
     torch.testing.assert_close(solution.loss, error)
-    assert bool((error <= solution.loss_nearest + 1e-6).all())
+
+
+@pytest.mark.parametrize("method", sorted(ROUNDERS))
+@pytest.mark.parametrize("block", [None, 4])
+def test_rows_a_part_at_a_time_are_as_good(
+    method: str, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = correlated(0)
+    target = replace(problem.objective, block_size=block)
+    whole = solve(target, method, steps=20, seed=0)
+    monkeypatch.setattr(rounding, "MOST_WEIGHTS", 3 * 24)  # three rows, of eight
+    parts = solve(target, method, steps=20, seed=0)
+    assert_sound(target, parts.codes, parts.scale)
+    torch.testing.assert_close(parts.loss_nearest, whole.loss_nearest)
+    torch.testing.assert_close(parts.loss, target.loss(parts.codes, parts.scale))
+    assert float(parts.loss.sum()) < 1.1 * float(whole.loss.sum())
+    assert parts.changed == pytest.approx(whole.changed, abs=0.1)
 
 
 def test_the_searched_scale_beats_the_widest() -> None:
