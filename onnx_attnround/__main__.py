@@ -24,7 +24,7 @@ from onnx_attnround.config import QuantConfig, read_config
 from onnx_attnround.convert import Options
 from onnx_attnround.convert import run as _run
 from onnx_attnround.errors import AttnRoundError, ConfigError
-from onnx_attnround.targets import TARGETS, WeightStorage
+from onnx_attnround.targets import BLOCK_SIZES, TARGETS, WeightStorage
 
 SIGNALLED = 128  # plus the signal's number, as shells have it
 GRACE = 1.0  # seconds in which a signal that is sent again does not disturb the cleaning up
@@ -145,6 +145,16 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
     first_last_bits: Annotated[
         int | None,
         _setting("first_last_bits", "Bits of the first and the last layers.", panel=_BITS),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        _setting(
+            "block_size",
+            "Weights only (--act-bits 32): Gemm and MatMul get a scale for each run of so many "
+            "inputs, not one per channel",
+            panel=_BITS,
+            choices=BLOCK_SIZES,
+        ),
     ] = None,
     method: Annotated[
         str | None,

@@ -45,6 +45,7 @@ class QuantConfig(BaseModel):
     observer: Literal["minmax", "percentile", "entropy", "mse"] = "mse"
     samples: Annotated[int, Field(ge=1)] = 1024
     batch_size: Annotated[int, Field(ge=1)] = 32
+    block_size: Literal[16, 32, 64, 128, 256] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 50
     include: tuple[str, ...] = ()

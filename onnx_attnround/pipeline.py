@@ -221,8 +221,10 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
     with run.stage("round"):
         roundings = _round(run, prepared, allocation)
     roundings, params, blocks = _refine(run, prepared, roundings)
+    run.notes += _unblocked(plan, roundings, config.block_size)
     with run.stage("write"):
-        storage = config.weight_storage or plan.target.weight_storage
+        storages = plan.target.storages(blocks=config.block_size is not None)
+        storage = config.weight_storage or storages[0]
         quantised = qdq.insert(prepared.simplified, plan, params, roundings, storage)
         _add_provenance(quantised, config, allocation)
     with run.stage("check"):
@@ -391,6 +393,17 @@ def _refine(
         if block.skipped
     ]
     return refined.roundings, refined.params, tuple(refined.blocks)
+
+
+def _unblocked(
+    plan: QuantPlan, roundings: Mapping[str, LayerRounding], size: int | None
+) -> list[str]:
+    """Which layers have no blocks of scales, although they were asked for: a note a reason."""
+    nodes: dict[str, list[str]] = {}
+    for node, rounding in roundings.items():
+        if size is not None and rounding.spec.block_size is None:
+            nodes.setdefault(plan.unblocked.get(node, "too many bits for them"), []).append(node)
+    return [f"no blocks of {size}, {why}: {', '.join(names)}" for why, names in nodes.items()]
 
 
 def _verify(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification | None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.block_scales import check_blocks, with_blocks
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, ModelError
 from onnx_attnround.ops import WEIGHTED_OPS, count_macs
@@ -40,17 +41,19 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
             "nothing to quantise: the model has no Conv, ConvTranspose, Gemm or MatMul with a "
             f"constant float32 weight that is not excluded ({reasons or 'none found'})"
         )
-    layers = _mark_ends(model, layers, skipped)
+    marked = _mark_ends(model, layers, skipped)
+    planned, unblocked = with_blocks(marked, config.block_size, target)
     activations: dict[str, QuantSpec] = {}
     same_range: dict[str, str] = {}
     if integer:
-        activations, same_range = _Activations(model, layers, target, config).find()
+        activations, same_range = _Activations(model, marked, target, config).find()
     return QuantPlan(
         target=target,
-        layers=tuple(layers),
+        layers=planned,
         activations=activations,
         same_range=same_range,
         skipped=skipped,
+        unblocked=unblocked,
     )
 
 
@@ -68,8 +71,11 @@ def _check_target(
         raise ConfigError(
             f"option 'act_bits': target '{target.name}' takes {known} or 32 (float), got {bits}"
         )
-    if storage is not None and storage not in target.weight_storages:
-        known = ", ".join(target.weight_storages)
+    if config.block_size is not None:
+        check_blocks(config.block_size, target, integer_activations=integer_activations)
+    storages = target.storages(blocks=config.block_size is not None)
+    if storage is not None and storage not in storages:
+        known = ", ".join(storages)
         raise ConfigError(
             f"option 'weight_storage': target '{target.name}' takes {known}, got {storage}"
         )

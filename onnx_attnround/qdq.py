@@ -20,10 +20,10 @@ from onnx_attnround.records import (
     QuantPlan,
     QuantSpec,
 )
-from onnx_attnround.targets import WeightStorage
+from onnx_attnround.targets import Target, WeightStorage
 
 PER_CHANNEL_OPSET = 13
-LOW_BIT_OPSET = 21  # INT4 and 16-bit types in QuantizeLinear and DequantizeLinear
+LOW_BIT_OPSET = 21  # INT4, 16-bit types and blocks in QuantizeLinear and DequantizeLinear
 TWO_BIT_OPSET = 25  # INT2 in Cast
 
 _PACKED = {"INT2": ml_dtypes.int2, "INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4}
@@ -44,7 +44,7 @@ def insert(
     the QuantizeLinear is ``NAME_raw``, or another name where that is taken. Raises
     ``ModelError`` if the opset cannot be raised.
     """
-    out = raise_opset(model.clone(), _required_opset(plan, roundings, storage))
+    out = raise_opset(model.clone(), _required_opset(plan, params, roundings, storage))
     writer = _Writer(out, plan, params, storage)
     for layer in plan.layers:
         writer.add_layer(layer, roundings[layer.node])
@@ -96,21 +96,46 @@ def _sources(value: ir.Value | None) -> list[ir.Value]:
 
 
 def _required_opset(
-    plan: QuantPlan, roundings: Mapping[str, LayerRounding], storage: WeightStorage
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    storage: WeightStorage,
 ) -> int:
-    weights = {_code_type(rounding.spec, storage) for rounding in roundings.values()}
+    specs = {layer.node: roundings[layer.node].spec for layer in plan.layers}
+    weights = {
+        _code_type(layer, specs[layer.node], params, storage, plan.target) for layer in plan.layers
+    }
+    blocks = any(spec.block_size for spec in specs.values())
     wide_activations = any(spec.bits > 8 for spec in plan.activations.values())
     if ir.DataType.INT2 in weights:
         return TWO_BIT_OPSET
-    low = ir.DataType.INT4 in weights or wide_activations
+    low = ir.DataType.INT4 in weights or blocks or wide_activations
     return LOW_BIT_OPSET if low else PER_CHANNEL_OPSET
 
 
-def _code_type(spec: QuantSpec, storage: WeightStorage) -> ir.DataType:
-    """The type of the initialiser that holds weight codes."""
-    if spec.bits <= 2 and storage == "packed2":
+def _code_type(
+    layer: LayerPlan,
+    spec: QuantSpec,
+    params: Mapping[str, QuantParams],
+    storage: WeightStorage,
+    target: Target,
+) -> ir.DataType:
+    """The type of the initialiser that holds weight codes: INT8 where ``storage`` is not taken."""
+    if storage not in target.storages(blocks=spec.block_size is not None):
+        return ir.DataType.INT8
+    if spec.bits <= 2 and storage == "packed2" and _fills_bytes(layer, params):
         return ir.DataType.INT2
     return ir.DataType.INT4 if spec.bits <= 4 and storage != "int8" else ir.DataType.INT8
+
+
+def _fills_bytes(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
+    """Whether 2-bit codes may be written: of a matrix under a float input, whole bytes in a row.
+
+    Else ONNX Runtime 1.31 computes something else.
+    """
+    axis = layer.weight_spec.axis
+    matrix = layer.op_type in ("Gemm", "MatMul") and layer.x not in params
+    return not matrix or axis is None or layer.weight_shape[axis] % 4 == 0
 
 
 def _activation_type(spec: QuantSpec) -> ir.DataType:
@@ -147,16 +172,26 @@ def _layer_tensors(
 ) -> list[ir.Tensor[Array]]:
     """The initialisers of one layer: weight codes, scale, zero point and the bias."""
     base = layer.node
-    code_type = _code_type(rounding.spec, storage)
-    point_type = code_type if storage == "int4" else ir.DataType.INT8
+    code_type = _code_type(layer, rounding.spec, params, storage, plan.target)
+    unpacked = storage != "int4" and layer.x in params  # before the DQ, for an integer kernel
+    point_type = ir.DataType.INT8 if unpacked else code_type
+    values = [rounding.codes, rounding.scale, rounding.zero_point]
+    if _is_turned(layer, params):
+        values = [array.T for array in values]
     tensors = [
-        _tensor(rounding.codes, code_type, f"{base}/weight_codes"),
-        _tensor(rounding.scale, ir.DataType.FLOAT, f"{base}/weight_scale"),
-        _tensor(rounding.zero_point, point_type, f"{base}/weight_zero_point"),
+        _tensor(values[0], code_type, f"{base}/weight_codes"),
+        _tensor(values[1], ir.DataType.FLOAT, f"{base}/weight_scale"),
+        _tensor(values[2], point_type, f"{base}/weight_zero_point"),
     ]
     if rounding.bias is not None:
         tensors += _bias_tensors(layer, rounding, params, plan)
     return tensors
+
+
+def _is_turned(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
+    """Whether the weight is written transposed: kernels for float inputs want no transB."""
+    turned = layer.op_type == "Gemm" and bool(layer.attributes.get("transB", 0))
+    return turned and layer.x not in params
 
 
 def _bias_tensors(
@@ -199,6 +234,17 @@ def bias_scale(
     return scale if bool((fits & (scale >= np.finfo(np.float32).tiny)).all()) else None
 
 
+def _scale_axes(rounding: LayerRounding, *, turned: bool) -> dict[str, int]:
+    """The attributes of a weight's DequantizeLinear; those of blocks tell the inputs' axis."""
+    spec = rounding.spec
+    if spec.axis is None or rounding.scale.ndim == 0:
+        return {}
+    axis = 1 - spec.axis if turned else spec.axis
+    if spec.block_size is None:
+        return {"axis": axis}
+    return {"axis": 1 - axis, "block_size": spec.block_size}
+
+
 def _names(graph: ir.Graph) -> set[str | None]:
     outputs = (value for node in graph for value in node.outputs)
     return {value.name for value in (*graph.inputs, *graph.initializers.values(), *outputs)}
@@ -230,13 +276,18 @@ class _Writer:
         codes, scale, zero_point, *bias = [self._initializer(tensor) for tensor in tensors]
         if codes.dtype != zero_point.dtype:
             codes = self._cast(codes, f"{layer.node}/weight_int8", node)
-        axis = None if rounding.scale.ndim == 0 else rounding.spec.axis
-        weight = self._dequantise([codes, scale, zero_point], f"{layer.node}/weight", axis, node)
+        turned = _is_turned(layer, self.params)
+        attributes = _scale_axes(rounding, turned=turned)
+        weight = self._dequantise(
+            [codes, scale, zero_point], f"{layer.node}/weight", attributes, node
+        )
         node.replace_input_with(1, weight)
+        if turned:
+            node.attributes.pop("transB")
         if bias:
             value = bias[0]
             if len(bias) > 1:
-                value = self._dequantise(bias, f"{layer.node}/bias", 0, node)
+                value = self._dequantise(bias, f"{layer.node}/bias", {"axis": 0}, node)
             if len(node.inputs) < 3:
                 node.resize_inputs(3)
             node.replace_input_with(2, value)
@@ -302,7 +353,7 @@ class _Writer:
         codes = quantize(values.numpy(), params.scale, zero, spec.qmin, spec.qmax)
         tensor = _tensor(codes, _activation_type(spec), f"{constant.name}/codes")
         inputs = [self._initializer(tensor), scale, point]
-        restored = self._dequantise(inputs, constant.name or "", None, consumers[0][0])
+        restored = self._dequantise(inputs, constant.name or "", {}, consumers[0][0])
         for node, index in consumers:
             node.replace_input_with(index, restored)
 
@@ -352,9 +403,8 @@ class _Writer:
         return self._place(node, name, value.shape, ir.DataType.INT8, before)
 
     def _dequantise(
-        self, inputs: list[ir.Value], name: str, axis: int | None, before: ir.Node
+        self, inputs: list[ir.Value], name: str, attributes: Mapping[str, int], before: ir.Node
     ) -> ir.Value:
-        attributes = {} if axis is None else {"axis": axis}
         node = ir.node(
             "DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize"
         )

@@ -6,6 +6,7 @@ operators and the methods ``round`` (half to even) and ``clip``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,3 +67,11 @@ def channel_view(values: Array, rank: int, axis: int | None) -> Array:
     shape = [1] * rank
     shape[axis] = -1
     return values.reshape(shape)
+
+
+def spread(values: Array, shape: Sequence[int], spec: QuantSpec) -> Array:
+    """Scales or zero points of ``spec`` so that they broadcast against a weight of ``shape``."""
+    if spec.block_size is None or spec.axis is None:
+        return channel_view(values, len(shape), spec.axis)
+    axis = 1 - spec.axis  # of the inputs of a matrix
+    return np.repeat(values, spec.block_size, axis)[: shape[0], : shape[1]]

@@ -14,6 +14,7 @@ from onnx_attnround import qdq
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.moments import Moments, collect
+from onnx_attnround.objective import objective, plain_objective
 from onnx_attnround.ops import weight_matrix, weight_tensor
 from onnx_attnround.records import (
     Array,
@@ -25,7 +26,7 @@ from onnx_attnround.records import (
     QuantPlan,
     QuantSpec,
 )
-from onnx_attnround.rounding import Solution, objective, plain_objective, solve
+from onnx_attnround.rounding import Solution, solve
 from onnx_attnround.samples import Samples
 from onnx_attnround.store import ActivationStore
 from onnx_attnround.walk import Walk
@@ -56,20 +57,27 @@ class Layer:
         self, solution: Solution, bias: torch.Tensor | None, power: float
     ) -> LayerRounding:
         """The record of a solution; ``power`` is the variance of the layer's output."""
-        shared = tuple(0 if axis in self.shared_axes else slice(None) for axis in (0, 1))
-        scale = solution.scale[(*shared, 0)]
-        scale = scale.reshape(-1) if scale.ndim else scale
+        scale = self._scales(solution.scale)
         return LayerRounding(
             weight=self.plan.weight,
             spec=self.spec,
-            codes=weight_tensor(self.plan, solution.codes.numpy()).astype(np.int8),
-            scale=scale.numpy().astype(np.float32),
+            codes=weight_tensor(self.plan, solution.codes.to(torch.int8).numpy()),
+            scale=scale,
             zero_point=np.zeros(scale.shape, np.int8),
             bias=None if bias is None else bias.reshape(-1).numpy().astype(np.float32),
             mse_nearest=float(solution.loss_nearest.sum()) / power,
             mse_final=float(solution.loss.sum()) / power,
             changed=solution.changed,
         )
+
+
+    def _scales(self, scale: torch.Tensor) -> Array:
+        """The scales of a solution as :class:`LayerRounding` has them."""
+        if self.spec.block_size:
+            return weight_tensor(self.plan, scale[..., :: self.spec.block_size].numpy())
+        shared = tuple(0 if axis in self.shared_axes else slice(None) for axis in (0, 1))
+        values: Array = scale[(*shared, 0)].numpy()
+        return values.reshape(-1) if values.ndim else values
 
 
 def round_plain(
@@ -215,7 +223,7 @@ def open_layer(
     floor = torch.full(weight.shape[:2], torch.finfo(torch.float32).tiny)
     if bias is not None and plan.x in params:
         floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
-    layer = Layer(plan, replace(plan.weight_spec, bits=bits), weight, bias, floor)
+    layer = Layer(plan, plan.spec_of(bits), weight, bias, floor)
     if layer.shared_axes:
         floor = floor.amax(layer.shared_axes, keepdim=True).expand_as(floor)
     return replace(layer, scale_floor=floor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,9 @@ class LayerPlan:
     ``attributes`` are the node's ONNX attributes as plain Python values;
     ``input_shape`` has ``None`` for an unknown dimension. ``macs`` counts
     multiply-accumulates for one sample, ``None`` where shapes are unknown.
-    ``first_or_last`` marks layers that read a graph input or write a graph
-    output with no other weighted layer between.
+    Weights of more than ``block_bits`` have no blocks. ``first_or_last`` marks
+    layers that read a graph input or write a graph output with no other weighted
+    layer between.
     """
 
     node: str
@@ -72,6 +73,12 @@ class LayerPlan:
     input_shape: tuple[int | None, ...] | None = None
     macs: int | None = None
     first_or_last: bool = False
+    block_bits: int = 8
+
+    def spec_of(self, bits: int) -> QuantSpec:
+        """The spec of the weight with that many bits."""
+        blocks = self.weight_spec.block_size if bits <= self.block_bits else None
+        return replace(self.weight_spec, bits=bits, block_size=blocks)
 
     @property
     def parameters(self) -> int:
@@ -85,7 +92,8 @@ class QuantPlan:
 
     ``activations`` maps each tensor that gets Q/DQ to its spec; ``same_range``
     maps a tensor to the one whose scale and zero point it must share (data
-    movement); ``skipped`` maps the name of a node left in float to the reason.
+    movement); ``skipped`` maps the name of a node left in float to the reason,
+    ``unblocked`` that of a layer to why it has no blocks of scales.
     """
 
     target: Target
@@ -93,6 +101,7 @@ class QuantPlan:
     activations: Mapping[str, QuantSpec]
     same_range: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    unblocked: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +148,8 @@ class LayerRounding:
     """The learned rounding of one layer's weight.
 
     ``codes`` are integers in the layout of the ONNX weight; ``scale`` and
-    ``zero_point`` have one entry per channel (or one in all, per-tensor);
+    ``zero_point`` have one entry per channel (or one in all, per-tensor), or with
+    blocks that layout, with blocks in place of inputs;
     ``bias`` is the corrected float bias, ``None`` if the layer has none. Errors
     are the mean squared error of the layer's output per element, relative to
     its variance; ``changed`` is the share of codes that differ from nearest.

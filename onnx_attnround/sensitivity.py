@@ -20,7 +20,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import tensor_value
 from onnx_attnround.moments import Moments
-from onnx_attnround.quantizer import channel_view, dequantize
+from onnx_attnround.quantizer import dequantize, spread
 from onnx_attnround.reconstruct import (
     Layer,
     moments_of,
@@ -92,7 +92,7 @@ def _costs(
     nearest = config.model_copy(update={"method": "nearest"})
     roundings = {
         bits: round_layer(
-            replace(layer, spec=replace(layer.spec, bits=bits)), moments, nearest, index=0
+            replace(layer, spec=layer.plan.spec_of(bits)), moments, nearest, index=0
         )
         for bits in {*config.bit_choices, PROBE_BITS}
     }
@@ -125,11 +125,10 @@ class _Probe:
 
     def _replaced(self, layer: LayerPlan, rounding: LayerRounding) -> dict[str, Array]:
         """The weight as the codes have it, and the corrected bias where the layer has one."""
-        rank, axis = rounding.codes.ndim, rounding.spec.axis
+        codes, spec = rounding.codes.astype(np.float32), rounding.spec
         scale, zero = (
-            channel_view(values, rank, axis) for values in (rounding.scale, rounding.zero_point)
+            spread(values, codes.shape, spec) for values in (rounding.scale, rounding.zero_point)
         )
-        codes = rounding.codes.astype(np.float32)
         replaced = {layer.weight: dequantize(codes, scale, zero).astype(np.float32)}
         bias = rounding.bias
         if layer.bias and bias is not None and bias.size == np.prod(self._shapes[layer.bias]):

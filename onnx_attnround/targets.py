@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -24,6 +24,8 @@ else:
 WeightStorage = Literal["packed", "packed2", "int8", "int4"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "qnn"]
 Placement = Literal["regions", "inputs", "everything"]
+BlockSize = Literal[16, 32, 64, 128, 256]
+BLOCK_SIZES: tuple[BlockSize, ...] = get_args(BlockSize)
 
 
 def _known(ops: frozenset[str]) -> frozenset[str]:
@@ -64,6 +66,11 @@ class Target:
     ``weight_storages`` are the forms that weights of up to 4 bits may have, the
     usual one first. ``int32_bias`` says whether a bias is stored as int32 at
     sx*sw. ``max_opset`` is the newest opset that the runtime reads.
+
+    Under float activations the weights of Gemm and MatMul may have a scale for each
+    block of inputs, of one of ``block_sizes`` (none: not at all), stored in one of
+    ``block_storages``; without ``int8`` there they have up to 4 bits. A last block may
+    be short with ``short_blocks``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -87,12 +94,14 @@ class Target:
     per_tensor: Ops = frozenset()
     weight_storages: Annotated[tuple[WeightStorage, ...], Field(min_length=1)]
     int32_bias: bool
+    block_sizes: frozenset[BlockSize] = frozenset()
+    block_storages: tuple[WeightStorage, ...] = ()
+    short_blocks: bool = False
     max_opset: int | None = None
 
-    @property
-    def weight_storage(self) -> WeightStorage:
-        """How weights of up to 4 bits are stored unless asked otherwise."""
-        return self.weight_storages[0]
+    def storages(self, *, blocks: bool) -> tuple[WeightStorage, ...]:
+        """The forms that weights of up to 4 bits may have, the usual one first."""
+        return self.block_storages if blocks else self.weight_storages
 
     def plain(self) -> dict[str, Any]:
         """The fields as JSON has them, in an order that is always the same."""
@@ -123,6 +132,9 @@ _ORT = Target(
     float_output=frozenset({"Gemm", "MatMul"}),
     weight_storages=("packed", "packed2", "int8", "int4"),
     int32_bias=True,
+    block_sizes=frozenset(BLOCK_SIZES),
+    block_storages=("packed", "packed2", "int8", "int4"),
+    short_blocks=True,
 )
 
 # ARM kernels multiply signed by signed; the zero point stays free, so that a Q absorbs a Relu.
@@ -140,6 +152,8 @@ _OPENVINO = replace(
     float_input=frozenset({"Pad"}),
     weight_storages=("packed", "int8", "int4"),
     int32_bias=False,
+    block_storages=("packed", "int8", "int4"),
+    short_blocks=False,  # a last block that is not full does not load
 )
 
 _TENSORRT = Target(
@@ -157,6 +171,8 @@ _TENSORRT = Target(
     float_output=_MATRIX | {"ConvTranspose"},
     weight_storages=("int8",),
     int32_bias=False,
+    block_sizes=frozenset({64, 128}),
+    block_storages=("int4",),
     max_opset=25,
 )
 

@@ -167,10 +167,12 @@ def integer_operator() -> ir.Model:
 BLOCKS = {"scale": np.full((2, 4), SW), "axis": 0, "block_size": 16}
 
 
-def blocks(dtype: str, *, rows: int = 32, columns: int = 4, activation: bool = True) -> ir.Model:
-    made = Builder()
+def blocks(
+    dtype: str, *, rows: int = 32, columns: int = 4, activation: bool = True, **built: Any
+) -> ir.Model:
+    made = Builder(**built)
     x = made.qdq("x", "in", "INT8") if activation else "x"
-    scale = np.full((rows // 16, columns), SW)
+    scale = np.full((-(-rows // 16), columns), SW)
     weight = made.weight("w", (rows, columns), dtype, scale, axis=0, block_size=16)
     made.node("MatMul", [x, weight], "y")
     return made.build("y", ("N", rows))
@@ -245,6 +247,8 @@ CASES = [
     Case(OV, "zero-point-missing", "in/q", lambda: conv({"point": None})),
     Case(OV, "pad-of-offset-codes", "p", lambda: padded(100), frozenset({"wrong-output"})),
     Case(OV, "scale-of-rank-2", "y", lambda: blocks("INT8")),
+    Case(OV, "short-block", "w/dq", lambda: blocks("INT4", rows=40, activation=False),
+         frozenset({"does-not-load"})),
     Case(OV, "sixteen-bits", "in/dq", lambda: conv({"dtype": "UINT16"}),
          frozenset({"wrong-output"})),
     # ONNX Runtime
@@ -254,6 +258,9 @@ CASES = [
     Case(ORT, "two-bits-under-integer-activations", "y",
          lambda: conv({}, {"dtype": "INT2"}, op="MatMul", opset=25, ir_version=13),
          frozenset({"does-not-load"})),
+    Case(ORT, "two-bits-that-fill-no-bytes", "y",
+         lambda: blocks("INT2", columns=6, activation=False, opset=25, ir_version=13),
+         frozenset({"wrong-output"})),
     Case(ORT, "blocks-of-eight-bits-under-integer-activations", "y", lambda: blocks("INT8"),
          frozenset({"wrong-output", "does-not-run"})),
     Case(ORT, "zero-point-missing", "y",

@@ -18,9 +18,10 @@ _NAMES = (
     "errors",
     "targets scratch",
     "records",
-    "quantizer graph ops store stages progress",
+    "quantizer graph ops store stages progress block_scales",
     "config runtime simplify qdq moments shadow",
-    "allocate check preprocess plan rounding",
+    "allocate check preprocess plan objective",
+    "rounding",
     "samples narrow",
     "calibrate walk verify",
     "blocks checkpoint",
@@ -33,7 +34,7 @@ _NAMES = (
     "__main__",
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
-TORCH = {"shadow", "moments", "rounding", "reconstruct", "refine", "sensitivity"}
+TORCH = {"shadow", "moments", "objective", "rounding", "reconstruct", "refine", "sensitivity"}
 MAX_FILE, MAX_FUNCTION = 500, 60
 LONG_FUNCTIONS = {("__main__", "command")}  # one argument for each option of the command line
 

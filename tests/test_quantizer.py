@@ -17,6 +17,7 @@ from onnx_attnround.quantizer import (
     dequantize,
     params_from_range,
     quantize,
+    spread,
 )
 from onnx_attnround.records import QuantSpec
 
@@ -219,6 +220,15 @@ def test_code_dtype_holds_the_codes(bits: int, signed: bool, name: str) -> None:
     assert code_dtype(spec) == name
     assert limits.min <= spec.qmin
     assert spec.qmax <= limits.max
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_spread_repeats_the_scale_of_a_block(axis: int) -> None:
+    spec = QuantSpec(bits=4, signed=True, symmetric=True, axis=axis, block_size=2)
+    scale = np.array([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]], np.float32)  # three blocks
+    wanted = np.array([[1, 10], [1, 10], [2, 20], [2, 20], [3, 30]], np.float32)  # five inputs
+    scale, wanted = (scale, wanted) if axis else (scale.T, wanted.T)
+    np.testing.assert_array_equal(spread(scale, wanted.shape, spec), wanted)
 
 
 def test_channel_view_broadcasts_along_the_axis() -> None:

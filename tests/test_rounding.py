@@ -14,20 +14,16 @@ from hypothesis import strategies as st
 
 from onnx_attnround import rounding
 from onnx_attnround.moments import Moments
-from onnx_attnround.records import QuantSpec
-from onnx_attnround.rounding import (
+from onnx_attnround.objective import (
     RIDGE,
-    ROUNDERS,
-    TAU,
     Objective,
-    attention_codes,
-    descend,
     objective,
     plain_objective,
     refit_scale,
     search_scale,
-    solve,
 )
+from onnx_attnround.records import QuantSpec
+from onnx_attnround.rounding import ROUNDERS, TAU, attention_codes, descend, solve
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -139,7 +135,8 @@ def assert_sound(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -
     assert bool((scale >= problem.scale_floor[..., None]).all())
     assert scale.shape == (problem.weight if problem.block_size else scale[..., :1]).shape
     for block in problem.blocks() if problem.block_size else ():
-        assert torch.equal(scale[..., block], scale[..., block][..., :1].expand_as(codes[..., block]))
+        shared = scale[..., block]
+        assert torch.equal(shared, shared[..., :1].expand_as(shared))
     for axis in problem.shared_axes:
         assert torch.equal(scale, scale.narrow(axis, 0, 1).expand_as(scale))
 

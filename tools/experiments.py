@@ -21,10 +21,11 @@ import torch
 from sklearn.cluster import KMeans
 
 from onnx_attnround import QuantConfig, allocate, graph, quantize, rounding, sensitivity
+from onnx_attnround.objective import Objective, refit_scale
 from onnx_attnround.pipeline import Loaded, Prepared, QuantizeResult, Run, finish, prepare
 from onnx_attnround.preprocess import load_preprocess
 from onnx_attnround.records import LayerErrors, LayerPlan
-from onnx_attnround.rounding import Objective, attention_codes, descend, refit_scale
+from onnx_attnround.rounding import attention_codes, descend
 from onnx_attnround.samples import open_samples
 
 Pair = tuple[torch.Tensor, torch.Tensor]

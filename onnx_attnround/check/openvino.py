@@ -34,6 +34,18 @@ def scale_of_rank_2(view: View) -> Found:
             yield layer.name, "block-wise weights under quantised activations run in float"
 
 
+def short_block(view: View) -> Found:
+    """A block with fewer inputs than the others does not load."""
+    for link in view.links:
+        data = link.node.inputs[0]
+        size = link.node.attributes.get_int("block_size", 0)
+        inputs = data.shape[link.axis] if size and data is not None and data.shape else 0
+        if isinstance(inputs, int) and size and inputs % size:
+            yield link.name, (
+                f"blocks of {size} for {inputs} inputs: OpenVINO takes whole blocks only"
+            )
+
+
 def pad_of_offset_codes(view: View) -> Found:
     """A DQ before a Pad is moved behind it, which then pads with code 0: a wrong value."""
     for node in view.model.graph:
@@ -56,6 +68,7 @@ RULES = (
     *COMMON,
     Rule(type_not_taken),
     Rule(zero_point_missing),
+    Rule(short_block),
     Rule(pad_of_offset_codes),
     Rule(scale_of_rank_2, refused=False),
     Rule(sixteen_bits, refused=False),

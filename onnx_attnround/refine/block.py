@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onnx_attnround.quantizer import channel_view
+from onnx_attnround.quantizer import spread
 from onnx_attnround.records import LayerPlan, LayerRounding, QuantParams, QuantPlan
 from onnx_attnround.refine.gradients import fake_quantise, rounded
 from onnx_attnround.shadow import Shadow
@@ -118,13 +118,18 @@ class _Layer:
         self.plan = plan
         self._rounding = rounding
         weight = shadow.constants[plan.weight]
-        view = channel_view(rounding.scale, weight.ndim, rounding.spec.axis)
-        self._scale = torch.from_numpy(view.astype(np.float32))
-        self._position = weight / self._scale
+        self._index = np.arange(rounding.scale.size).reshape(rounding.scale.shape)
+        self._scale = torch.from_numpy(rounding.scale.astype(np.float32))
+        self._position = weight / self._spread(self._scale)
         self.offset = _leaf(self._start(torch.from_numpy(rounding.codes.astype(np.float32))))
         self.log_scale = _leaf(torch.zeros_like(self._scale))
         given = rounding.bias
         self.bias = None if given is None else _leaf(torch.from_numpy(given.astype(np.float32)))
+
+    def _spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """One scale a channel or block, as codes are multiplied by it."""
+        index = spread(self._index, self._rounding.codes.shape, self._rounding.spec)
+        return scale.reshape(-1)[torch.from_numpy(index)]
 
     @property
     def adds_bias(self) -> bool:
@@ -143,7 +148,8 @@ class _Layer:
 
     def constants(self, shadow: Shadow) -> dict[str, torch.Tensor]:
         """The quantised weight, and the bias, by the names of what they replace."""
-        found = {self.plan.weight: self._codes() * (self._scale * self.log_scale.exp())}
+        scale = self._spread(self._scale * self.log_scale.exp())
+        found = {self.plan.weight: self._codes() * scale}
         if self.bias is not None and self.plan.bias is not None:
             found[self.plan.bias] = self.bias.reshape(shadow.constants[self.plan.bias].shape)
         return found
