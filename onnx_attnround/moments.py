@@ -26,7 +26,7 @@ from onnx_attnround.records import Array, LayerPlan, QuantParams
 GOLDEN = 0.6180339887498949
 POSITIONS_PER_INPUT = 32  # patches sampled, per entry of a patch ...
 MIN_POSITIONS = 16384  # ... and at least
-MANY_INPUTS = 1024  # from here on products take so long that bfloat16 pays
+MANY_INPUTS = 128  # from here on products take so long that bfloat16 pays
 
 
 @dataclass(slots=True)
@@ -92,10 +92,9 @@ def _rows(
     zero = 0.0 if params is None else float(params.zero_point)
     grid_x, grid_v = (input_grid(layer, _tensor(values)) for values in (x, v))
     index = _positions(len(grid_x.x), grid_x.count, seen, count, depth)
-    rows_x, rows_v = grid_x.rows(index), grid_v.rows(index, zero).float()
-    if params is not None:
-        rows_v.sub_(zero)
-    return rows_x.transpose(0, 1).contiguous(), rows_v.transpose(0, 1).contiguous()
+    sources = grid_x.sources(index)
+    rows_v = grid_v.rows(sources, zero).float()
+    return grid_x.rows(sources), rows_v if params is None else rows_v.sub_(zero)
 
 
 def _tensor(values: Array) -> torch.Tensor:

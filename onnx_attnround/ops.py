@@ -1,7 +1,7 @@
 """The op table: for each weighted op, how its weight and its input become matrices.
 
 Every weighted op is, at each output position, ``y = W x`` with ``W [g, o, d]``
-(groups, outputs per group, inputs per group times kernel) and a patch
+(groups, outputs per group, kernel taps times inputs per group) and a patch
 ``x [g, d]`` of the input. A row of ``WEIGHTED_OPS`` says how to get both.
 """
 
@@ -65,34 +65,48 @@ class Grid:
         """Output positions per sample."""
         return math.prod(self.positions)
 
-    def rows(self, index: torch.Tensor, zero: float = 0.0) -> torch.Tensor:
-        """Patches ``[n*p, g, d]`` at the flat positions ``index [n, p]``; ``zero`` pads."""
+    def rows(self, sources: Sources, zero: float = 0.0) -> torch.Tensor:
+        """Patches ``[g, n*p, d]`` from ``sources``; ``zero`` pads. Contiguous."""
         import torch
 
-        where, inside = self._sources(index)
-        samples = torch.arange(len(index), device=index.device)[:, None, None]
-        picked = self.x.flatten(2)[samples, :, where]  # [n, p, taps, c]
-        picked[~inside] = zero
-        return picked.transpose(2, 3).reshape(index.numel(), self.groups, -1)
+        values, where = self.x.flatten(2), sources.where
+        samples = torch.arange(len(values))[:, None, None]
+        if where[0].numel() < values.shape[2]:
+            picked = values[samples, :, where].flatten(0, 2)
+        else:  # most elements are read, many of them more than once
+            last = values.transpose(1, 2).flatten(0, 1)
+            picked = last.index_select(0, (where + samples * values.shape[2]).flatten())
+        picked.index_fill_(0, sources.outside, zero)
+        taps, inputs = where.shape[2], values.shape[1] // self.groups
+        split = picked.reshape(-1, taps, self.groups, inputs).permute(2, 0, 1, 3)
+        return split.flatten(2).contiguous()
 
-    def _sources(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat input positions ``[n, p, taps]``, and which of them lie inside."""
+    def sources(self, index: torch.Tensor) -> Sources:
+        """Where patches at the flat positions ``index [n, p]`` read any input of this shape."""
         import torch
 
-        outputs = torch.unravel_index(index, self.positions)
-        taps = torch.unravel_index(torch.arange(math.prod(self.kernel)), self.kernel)
+        outputs = np.unravel_index(index.numpy(), self.positions)
+        taps = np.unravel_index(np.arange(math.prod(self.kernel)), self.kernel)
         where = torch.zeros((*index.shape, math.prod(self.kernel)), dtype=torch.int64)
         inside = torch.ones_like(where, dtype=torch.bool)
         for axis, size in enumerate(self.x.shape[2:]):
-            at = outputs[axis][..., None] * self.strides[axis] - self.begins[axis]
-            at = at + taps[axis] * self.dilations[axis]
+            begin = taps[axis] * self.dilations[axis] - self.begins[axis]
+            at = torch.from_numpy(outputs[axis][..., None] * self.strides[axis] + begin)
             spread = self.spreads[axis]
             if spread > 1:
                 inside &= at % spread == 0
                 at = at.div(spread, rounding_mode="floor")
             inside &= (at >= 0) & (at < size)
             where = where * size + at.clamp(0, size - 1)
-        return where, inside
+        return Sources(where, (~inside).flatten().nonzero()[:, 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Flat input positions ``[n, p, taps]``, and the flat indices of those that are padding."""
+
+    where: torch.Tensor
+    outside: torch.Tensor
 
 
 # --- Conv and ConvTranspose -------------------------------------------------------------
@@ -192,24 +206,27 @@ def _transpose_grid(x: torch.Tensor, attributes: Attributes, weight_shape: Shape
 
 def _conv_matrix(weight: Array, attributes: Attributes) -> Array:
     groups = attributes.get("group", 1)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return split.swapaxes(2, 3).reshape(*split.shape[:2], -1)
 
 
 def _conv_weight(matrix: Array, attributes: Attributes, shape: Shape) -> Array:
-    return matrix.reshape(tuple(shape))
+    split = matrix.reshape(*matrix.shape[:2], -1, shape[1])
+    return split.swapaxes(2, 3).reshape(tuple(shape))
 
 
 def _transpose_matrix(weight: Array, attributes: Attributes) -> Array:
-    groups, kernel = attributes.get("group", 1), weight.shape[2:]
-    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], *kernel)
-    flipped = np.flip(split.swapaxes(1, 2), tuple(range(3, split.ndim)))
-    return flipped.reshape(groups, weight.shape[1], -1)
+    groups, inputs = attributes.get("group", 1), weight.shape[0]
+    flipped = np.flip(weight, tuple(range(2, weight.ndim)))
+    split = flipped.reshape(groups, inputs // groups, weight.shape[1], -1)
+    return split.transpose(0, 2, 3, 1).reshape(groups, weight.shape[1], -1)
 
 
 def _transpose_weight(matrix: Array, attributes: Attributes, shape: Shape) -> Array:
-    groups, kernel = attributes.get("group", 1), tuple(shape[2:])
-    split = matrix.reshape(groups, shape[1], shape[0] // groups, *kernel)
-    return np.flip(split, tuple(range(3, split.ndim))).swapaxes(1, 2).reshape(tuple(shape))
+    groups, inputs = attributes.get("group", 1), shape[0]
+    split = matrix.reshape(groups, shape[1], -1, inputs // groups)
+    weight = split.transpose(0, 3, 1, 2).reshape(tuple(shape))
+    return np.flip(weight, tuple(range(2, len(shape))))
 
 
 def _conv_rank(attributes: Attributes, shape: Shape) -> str | None:

@@ -37,7 +37,13 @@ from onnx_attnround.runtime import custom_ops, open_session
 from onnx_attnround.samples import Samples, open_samples, read_labels
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import get_target
-from onnx_attnround.verify import Verification, check_gates, check_labels, verify
+from onnx_attnround.verify import (
+    Verification,
+    check_gates,
+    check_labels,
+    output_sqnr,
+    verify,
+)
 
 CHECKED_SAMPLES = 4
 
@@ -376,7 +382,11 @@ def _round(run: Run, prepared: Prepared, allocation: BitAllocation) -> dict[str,
 def _refine(
     run: Run, prepared: Prepared, roundings: dict[str, LayerRounding]
 ) -> tuple[dict[str, LayerRounding], Mapping[str, QuantParams], tuple[BlockRounding, ...]]:
-    """Roundings, activation parameters and records of the blocks, refined where that is asked."""
+    """Roundings, activation parameters and records of the blocks, refined where that is asked.
+
+    What was refined is kept if the model's outputs gain over all samples: each block
+    gains on its own outputs, yet the errors of several may add up behind them.
+    """
     params, samples = prepared.ranges.params, prepared.given.samples
     if samples is None or run.config.reconstruct == "layer":
         return roundings, params, ()
@@ -387,11 +397,21 @@ def _refine(
         refined = refine_blocks(
             model, plan, params, roundings, samples, run.config, run.on_event, run.checkpoint
         )
+        before, after = (
+            output_sqnr(model, qdq.insert(model, plan, *made, "int8"), samples, run.config.threads)
+            for made in ((params, roundings), (refined.params, refined.roundings))
+        )
     run.notes += [
         f"block {block.nodes[0]} … {block.nodes[-1]}: {block.summary}"
         for block in refined.blocks
         if block.skipped
     ]
+    if after < before:
+        run.notes.append(
+            f"blocks: kept as they were rounded layer by layer, since refined they took the "
+            f"outputs from {before:.1f} dB to {after:.1f} dB"
+        )
+        return roundings, params, ()
     return refined.roundings, refined.params, tuple(refined.blocks)
 
 

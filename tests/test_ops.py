@@ -43,13 +43,13 @@ def make_layer(
 def all_rows(layer: LayerPlan, x: np.ndarray, zero: float = 0.0) -> torch.Tensor:
     grid = input_grid(layer, torch.from_numpy(x))
     index = torch.arange(grid.count).expand(len(grid.x), grid.count)
-    return grid.rows(index, zero)
+    return grid.rows(grid.sources(index), zero)
 
 
 def product(layer: LayerPlan, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """``W x`` at every output position, ``[samples * positions, channels]``."""
     matrix = torch.from_numpy(np.ascontiguousarray(weight_matrix(layer, weight)))
-    out = torch.einsum("pgd,god->pgo", all_rows(layer, x), matrix)
+    out = torch.einsum("gpd,god->pgo", all_rows(layer, x), matrix)
     return out.reshape(len(out), -1).numpy()
 
 
@@ -222,11 +222,11 @@ def test_rows_are_built_only_where_asked() -> None:
     x, weight = integers(rng, (3, 4, 6, 5)), integers(rng, (4, 2, 3, 3))
     layer, _ = make_layer("Conv", x, weight, {"group": 2, "pads": [1, 0, 2, 1]})
     grid = input_grid(layer, torch.from_numpy(x))
-    every = all_rows(layer, x).reshape(3, grid.count, 2, -1)
+    every = all_rows(layer, x).reshape(2, 3, grid.count, -1)
     index = torch.from_numpy(rng.integers(0, grid.count, (3, 7)))
-    some = grid.rows(index).reshape(3, 7, 2, -1)
+    some = grid.rows(grid.sources(index)).reshape(2, 3, 7, -1)
     for sample in range(3):
-        assert torch.equal(some[sample], every[sample, index[sample]])
+        assert torch.equal(some[:, sample], every[:, sample, index[sample]])
 
 
 # --- refusals and costs -------------------------------------------------------------------

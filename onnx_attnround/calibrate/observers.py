@@ -307,5 +307,6 @@ def _error_integral(x: Array, grids: list[QuantParams]) -> Array:
     zero = np.array([[int(grid.zero_point)] for grid in grids])
     spec = grids[0].spec
     level = np.clip(np.rint(x / scale), spec.qmin - zero, spec.qmax - zero)
-    integral: Array = level * scale**3 / 12 + (x - level * scale) ** 3 / 3
+    rest = x - level * scale
+    integral: Array = level * (scale**3 / 12) + rest * rest * (rest / 3)
     return integral

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
@@ -29,6 +30,7 @@ __all__ = [
     "check_gates",
     "check_labels",
     "missed_gates",
+    "output_sqnr",
     "verify",
 ]
 
@@ -81,6 +83,20 @@ def verify(
         float_bytes=serialised_bytes(float_model),
         quantised_bytes=serialised_bytes(quantised),
     )
+
+
+def output_sqnr(
+    float_model: ir.Model, quantised: ir.Model, samples: Samples, threads: int | None
+) -> float:
+    """SQNR in dB of the worst float output over all ``samples``; errors as :func:`verify`."""
+    _, sums, _ = compare_outputs(
+        open_pair((float_model, quantised), threads),
+        batches(samples, BATCH, None),
+        labels=None,
+        step=lambda detail, count: None,
+    )
+    compared = [total for total in sums.values() if total.comparable and total.floating]
+    return min((total.sqnr_db for total in compared), default=math.inf)
 
 
 def _stepper(total: int, on_event: Callable[[Event], None]) -> Step:

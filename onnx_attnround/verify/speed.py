@@ -15,7 +15,7 @@ from onnx_attnround.verify.results import Latency
 from onnx_attnround.verify.runs import BATCH, Feed, Models, Runs, open_pair, run_both, sample_count
 
 LATENCY_SECONDS = 1.0
-LATENCY_PAIRS = (3, 50)  # at least and at most, however long they take
+LATENCY_PAIRS = (3, 25)  # at least and at most, however long they take
 
 def measure_speed(models: Models, samples: Samples) -> Latency:
     """Interleaved latency on one thread."""
