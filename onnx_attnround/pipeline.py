@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
@@ -34,7 +33,7 @@ from onnx_attnround.records import (
     QuantPlan,
 )
 from onnx_attnround.runtime import custom_ops, open_session
-from onnx_attnround.samples import Samples, open_samples, read_labels
+from onnx_attnround.samples import Samples, find_labels, open_samples
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import get_target
 from onnx_attnround.verify import (
@@ -299,15 +298,7 @@ def _open_evaluation(
     if path is None:
         return None, None
     samples = open_samples(path, graph.input_specs(model), preprocess=preprocess)
-    return samples, _labels(Path(path))
-
-
-def _labels(path: Path) -> Array | None:
-    """The labels in an .npz; ``None`` for any other form, or where it has none."""
-    if path.suffix != ".npz":
-        return None
-    with np.load(path) as archive:
-        return read_labels(path) if "labels" in archive.files else None
+    return samples, find_labels(Path(path))
 
 
 def _plan(

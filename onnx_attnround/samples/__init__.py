@@ -22,7 +22,7 @@ from onnx_attnround.samples.parts import Part, part_of
 from onnx_attnround.samples.sources import feeds_of
 from onnx_attnround.samples.streams import Feeds, length, listed, npz, rows_of
 
-__all__ = ["Feeds", "Samples", "open_samples", "read_labels"]
+__all__ = ["Feeds", "Samples", "find_labels", "open_samples", "read_labels"]
 
 
 class Samples:
@@ -130,6 +130,13 @@ def read_labels(path: str | Path) -> Array:
             "save class indices"
         )
     return next(stream.blocks(None)).astype(np.int64)
+
+
+def find_labels(path: Path) -> Array | None:
+    """The labels in an .npz as of :func:`read_labels`; ``None`` where it has none, or otherwise."""
+    if path.suffix != ".npz" or "labels" not in npz(path):
+        return None
+    return read_labels(path)
 
 
 def _rechunk(blocks: Iterable[Feeds], size: int, *, drop_rest: bool) -> Iterator[Feeds]:
