@@ -206,7 +206,7 @@ class _Stream:
         return open_session(extract(self._model, stage), threads=self._threads)
 
     def _put(self, name: str, batch: int, values: Array) -> None:
-        self._store.put(f"{self._label}:{name}", batch, np.ascontiguousarray(values))
+        self._store.put(f"{self._label}:{name}", batch, np.require(values, requirements=("C", "W")))
 
     def _run(
         self, session: ort.InferenceSession, stage: Stage, batch: int, feeds: dict[str, Array]

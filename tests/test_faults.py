@@ -228,8 +228,10 @@ def long_run(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("stage", ["calibrate", "round", "verify"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [("calibrate", signal.SIGINT), ("round", signal.SIGTERM), ("verify", signal.SIGINT)],
+)
 def test_an_interrupt_ends_the_run_and_leaves_no_trace(
     stage: str, number: signal.Signals, long_run: tuple[str, ...], folder: Path
 ) -> None:
