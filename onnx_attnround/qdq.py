@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph import name_nodes, raise_opset
+from onnx_attnround.graph import least_ir_version, name_nodes, raise_opset
 from onnx_attnround.quantizer import quantize
 from onnx_attnround.records import (
     Array,
@@ -53,6 +53,7 @@ def insert(
     writer.remove_unused_initializers()
     out.graph.sort()
     name_nodes(out)  # a model that is quantised in part may have nodes of the same names
+    out.ir_version = min(out.ir_version, least_ir_version(out))  # so that old runtimes read it
     return out
 
 

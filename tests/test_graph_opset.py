@@ -40,6 +40,12 @@ def test_raise_opset_keeps_a_higher_ir_version() -> None:
     assert graph.raise_opset(build(SMALL, ir_version=11), 21).ir_version == 11
 
 
+@pytest.mark.parametrize(("version", "least"), [(9, 4), (13, 7), (17, 8), (21, 10), (25, 13)])
+def test_the_least_ir_version_follows_from_the_opset(version: int, least: int) -> None:
+    model = build(SMALL, opset=version, ir_version=13)
+    assert graph.least_ir_version(model) == least
+
+
 def test_raise_opset_without_changed_operators_needs_no_converter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

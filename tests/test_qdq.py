@@ -184,7 +184,7 @@ def test_opset_is_never_lowered(opset: int, storage: WeightStorage) -> None:
     proto = check(quantised(model, storage, weight_bits=4, first_last_bits=4))
     expected = opset if storage == "int8" else max(opset, 21)
     assert {entry.domain: entry.version for entry in proto.opset_import}[""] == expected
-    assert proto.ir_version == 10
+    assert proto.ir_version == (9 if expected == 20 else 10)  # never newer than the opset demands
 
 
 @pytest.mark.parametrize("opset", range(7, 18))

@@ -19,7 +19,7 @@ from onnx_attnround.graph.editing import (
     with_outputs,
 )
 from onnx_attnround.graph.loading import load
-from onnx_attnround.graph.opset import raise_opset
+from onnx_attnround.graph.opset import least_ir_version, raise_opset
 from onnx_attnround.graph.saving import check_output, fits_inline, save, write_atomic
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "fits_inline",
     "in_memory",
     "input_specs",
+    "least_ir_version",
     "load",
     "name_nodes",
     "raise_opset",

@@ -1,4 +1,4 @@
-"""Raising the opset of a model."""
+"""The opset of a model, raised where that is needed, and the IR version that it demands."""
 
 from __future__ import annotations
 
@@ -38,9 +38,18 @@ def raise_opset(model: ir.Model, version: int) -> ir.Model:
         result.opset_imports[""] = version
     else:
         result = _convert_opset(model, current, version)
-    needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", version)])
-    result.ir_version = max(result.ir_version, needed)
+    result.ir_version = max(result.ir_version, least_ir_version(result))
     return result
+
+
+def least_ir_version(model: ir.Model) -> int:
+    """The oldest IR version that has what the model uses: its opsets, and functions if any.
+
+    At least 4, before which every initializer was an input of the graph too.
+    """
+    opsets = [onnx.helper.make_opsetid(*opset) for opset in model.opset_imports.items()]
+    demanded = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    return max(demanded, 8 if model.functions else 4)
 
 
 def _same_interface(node: ir.Node, old: int, new: int) -> bool:
