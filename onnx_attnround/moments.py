@@ -76,7 +76,7 @@ def collect(
         sums = parts if sums is None else [a.add_(b) for a, b in zip(sums, parts, strict=True)]
     if sums is None:
         raise ValueError("no batches")
-    return _finish([s / total for s in sums], centred=centred)
+    return _finish(weight, [s / total for s in sums], centred=centred)
 
 
 def _rows(
@@ -120,7 +120,6 @@ def _sums(
 ) -> list[torch.Tensor]:
     scale = 1.0 if params is None else float(params.scale)
     e = torch.sub(x, v, alpha=scale)
-    out_x, out_e = (rows @ weight.transpose(1, 2) for rows in (x, e))
     codes = params is not None and params.spec.bits <= 8
     with _short_products(codes and weight.shape[-1] >= MANY_INPUTS):
         gram, cross = _product(v, v), _product(e, v)
@@ -129,10 +128,7 @@ def _sums(
         cross.mul_(scale),
         v.sum(1).mul_(scale),
         e.sum(1),
-        out_e.square().sum(1),
-        out_x.square().sum(1),
-        out_e.sum(1),
-        out_x.sum(1),
+        (e @ weight.transpose(1, 2)).square_().sum(1),
     ]
 
 
@@ -156,17 +152,20 @@ def _short_products(allowed: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(usual)
 
 
-def _finish(means: list[torch.Tensor], *, centred: bool) -> Moments:
-    gram, cross, mean_v, mean_e, power, signal, out_e, out_x = means
+def _finish(weight: torch.Tensor, means: list[torch.Tensor], *, centred: bool) -> Moments:
+    gram, cross, mean_v, mean_e, power = means
+    covariance = gram - mean_v[:, :, None] * mean_v[:, None, :]
+    cross_covariance = cross - mean_e[:, :, None] * mean_v[:, None, :]
+    variance = power - (weight @ mean_e[..., None])[..., 0].square()
+    # the variance of W x = W v + W e
+    signal = variance + ((weight @ (covariance + 2 * cross_covariance)) * weight).sum(-1)
     if centred:
-        gram = gram - mean_v[:, :, None] * mean_v[:, None, :]
-        cross = cross - mean_e[:, :, None] * mean_v[:, None, :]
-        power = power - out_e.square()
+        gram, cross, power = covariance, cross_covariance, variance
     return Moments(
         gram=gram,
         cross=cross,
         mean_v=mean_v,
         mean_e=mean_e,
         power=power.clamp_min(0.0),
-        signal=(signal - out_x.square()).clamp_min(0.0),
+        signal=signal.clamp_min(0.0),
     )

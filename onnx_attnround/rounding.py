@@ -239,6 +239,7 @@ def _descend_block(
     gram = problem.gram[:, block, block]
     diagonal = gram.diagonal(dim1=1, dim2=2)[group]
     pull = gram / gram.diagonal(dim1=1, dim2=2)[:, None, :]  # of input i on the excess of j
+    pull, first = pull.flatten(0, 1), group * pull.shape[1]
     result = codes[..., block].reshape(len(group), -1).clone()
     step = scale.reshape(len(group), -1)
     excess = slope[..., block].reshape(result.shape) / (diagonal * step)
@@ -253,7 +254,7 @@ def _descend_block(
         left = int(gains.sum())
         taken = move.gather(1, where[:, None]).mul_(gains[:, None])
         state.scatter_add_(1, where[:, None], taken)
-        push = taken * pull[group, where]
+        push = pull.index_select(0, first + where).mul_(taken)
         if problem.block_size:
             push.mul_(step.gather(1, where[:, None])).div_(step)
         excess += push
@@ -262,7 +263,7 @@ def _descend_block(
             if not left:
                 break
             active, state, excess = active[gains], state[gains], excess[gains]
-            weight, group, step = weight[gains], group[gains], step[gains]
+            weight, first, step = weight[gains], first[gains], step[gains]
     result[active] = state
     return result.reshape(groups, outputs, -1)
 
