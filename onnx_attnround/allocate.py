@@ -47,7 +47,8 @@ def coding_length(matrix: Array, distortion: float = DISTORTION) -> float:
         return 0.0
     gram = rows @ rows.T if m <= n else rows.T @ rows
     gram *= n / (m * distortion * power)
-    log_determinant = float(np.linalg.slogdet(np.eye(len(gram)) + gram)[1])
+    gram[np.diag_indices_from(gram)] += 1.0
+    log_determinant = float(np.linalg.slogdet(gram)[1])
     length: float = 0.5 * log_determinant / (math.log(2.0) * min(m, n))
     return length
 
@@ -59,17 +60,17 @@ def measures(config: QuantConfig) -> bool:
 
 def allocate(
     layers: Sequence[LayerPlan],
-    matrices: Mapping[str, Array],
+    matrix: Callable[[str], Array],
     config: QuantConfig,
     errors: LayerErrors | None = None,
 ) -> BitAllocation:
     """Bits per layer: pinned ones as asked, the others uniform or under ``mean_bits``.
 
-    ``matrices`` holds each layer's weight as ``[g, o, d]``, by node name. Where
+    ``matrix`` gives the weight of a node as ``[g, o, d]``, and is asked for one at a time. Where
     the allocator ``measures`` and there are no ``errors``, layers that are not
     pinned are left out, and the mean is unknown.
     """
-    lengths = _lengths(layers, matrices)
+    lengths = {} if config.mean_bits is None else _lengths(layers, matrix)
     bits = {layer.node: _pinned(layer, config) for layer in layers}
     free = [layer for layer in layers if bits[layer.node] is None]
     chosen = {layer.node: config.weight_bits for layer in free}
@@ -88,17 +89,18 @@ def allocate(
 
 
 def _lengths(
-    layers: Sequence[LayerPlan], matrices: Mapping[str, Array]
+    layers: Sequence[LayerPlan], matrix: Callable[[str], Array]
 ) -> dict[str, float]:
     """The coding length of each layer, its distortion in proportion to its size."""
     usual = sum(layer.parameters for layer in layers) / len(layers)
     return {
-        layer.node: coding_length(
-            matrices[layer.node].reshape(-1, matrices[layer.node].shape[-1]),
-            DISTORTION * layer.parameters / usual,
-        )
+        layer.node: coding_length(_rows(matrix(layer.node)), DISTORTION * layer.parameters / usual)
         for layer in layers
     }
+
+
+def _rows(matrix: Array) -> Array:
+    return matrix.reshape(-1, matrix.shape[-1])
 
 
 def under_budget(

@@ -17,7 +17,8 @@ from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.check import Checked, check
 from onnx_attnround.checkpoint import TAKEN, Checkpoint, check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.errors import CalibrationError, GateError, ModelError, OutputError
+from onnx_attnround.errors import GateError, ModelError, OutputError
+from onnx_attnround.intake import check_samples, open_calibration, open_evaluation
 from onnx_attnround.narrow import part_inputs
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan as plan_model
@@ -33,7 +34,7 @@ from onnx_attnround.records import (
     QuantPlan,
 )
 from onnx_attnround.runtime import custom_ops, open_session
-from onnx_attnround.samples import Samples, find_labels, open_samples
+from onnx_attnround.samples import Samples, open_samples
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import get_target
 from onnx_attnround.verify import (
@@ -190,11 +191,12 @@ def load(
         check_work_dir(run.config.work_dir)
     with run.stage("load"):
         original = _load(model)
-        samples = _open_calibration(run, source, calibration, original, preprocess)
-        held_out, labels = _open_evaluation(evaluation, original, preprocess)
+        samples = open_calibration(
+            source, calibration, original, preprocess, run.config, run.notes
+        )
+        held_out, labels = open_evaluation(evaluation, original, preprocess)
         check_labels(labels, held_out, original)
-        _check_judgeable(run.config, samples or held_out)
-        _check_measurable(run.config, samples)
+        check_samples(run.config, samples, held_out)
     return Loaded(
         source=source, original=original, samples=samples, evaluation=held_out, labels=labels
     )
@@ -268,39 +270,6 @@ def _load(model: Path | str | ir.Model) -> ir.Model:
     return model if isinstance(model, ir.Model) else graph.load(Path(model))
 
 
-def _open_calibration(
-    run: Run,
-    source: Path | None,
-    calibration: object,
-    model: ir.Model,
-    preprocess: Preprocess | None,
-) -> Samples | None:
-    """The samples given, or those beside the model, or ``None`` with a note."""
-    if calibration is None and source is not None:
-        beside = sorted(source.parent.glob("test_data_set_*"))
-        if beside:
-            calibration = source.parent
-            run.notes.append(f"calibrating with the test_data_set_* beside '{source.name}'")
-    if calibration is None:
-        run.notes.append(
-            "no calibration samples: weights are rounded to nearest, activations stay float; "
-            "give --calib for learned rounding and integer activations"
-        )
-        return None
-    return open_samples(
-        calibration, graph.input_specs(model), limit=run.config.samples, preprocess=preprocess
-    )
-
-
-def _open_evaluation(
-    path: Path | str | None, model: ir.Model, preprocess: Preprocess | None
-) -> tuple[Samples | None, Array | None]:
-    if path is None:
-        return None, None
-    samples = open_samples(path, graph.input_specs(model), preprocess=preprocess)
-    return samples, find_labels(Path(path))
-
-
 def _plan(
     model: ir.Model, config: QuantConfig, *, quantise_activations: bool
 ) -> tuple[ir.Model, QuantPlan]:
@@ -315,11 +284,12 @@ def _plan(
 def _allocate(
     model: ir.Model, plan: QuantPlan, config: QuantConfig, errors: LayerErrors | None
 ) -> BitAllocation:
-    matrices = {
-        layer.node: weight_matrix(layer, graph.tensor_value(model, layer.weight))
-        for layer in plan.layers
-    }
-    return allocate(plan.layers, matrices, config, errors)
+    layers = {layer.node: layer for layer in plan.layers}
+
+    def matrix(node: str) -> Array:
+        return weight_matrix(layers[node], graph.tensor_value(model, layers[node].weight))
+
+    return allocate(plan.layers, matrix, config, errors)
 
 
 def _calibrate(
@@ -471,21 +441,6 @@ def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocat
     model.metadata_props["onnx_attnround.bits"] = " ".join(
         f"{node}={bits}" for node, bits in allocation.bits.items()
     )
-
-
-def _check_judgeable(config: QuantConfig, samples: Samples | None) -> None:
-    if samples is None and (config.min_sqnr is not None or config.max_drop is not None):
-        raise CalibrationError(
-            "a gate is set, but there are no samples to judge it on: give --calib or --eval"
-        )
-
-
-def _check_measurable(config: QuantConfig, samples: Samples | None) -> None:
-    if samples is None and measures(config):
-        raise CalibrationError(
-            f"allocator '{config.allocator}' measures the layers, but there are no calibration "
-            "samples: give --calib, or choose --allocator coding-length"
-        )
 
 
 def _check_gates(result: QuantizeResult, config: QuantConfig) -> None:

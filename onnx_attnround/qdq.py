@@ -161,7 +161,9 @@ def _is_idle(node: ir.Node | None, params: QuantParams) -> bool:
 
 def _tensor(values: Array, dtype: ir.DataType, name: str) -> ir.Tensor[Array]:
     packed = _PACKED.get(dtype.name)
-    return ir.Tensor(values.astype(packed or dtype.numpy()), dtype=dtype, name=name)
+    if packed is not None and values.dtype == np.int8:
+        return ir.Tensor(values.view(packed), dtype=dtype, name=name)  # the same bytes
+    return ir.Tensor(values.astype(packed or dtype.numpy(), copy=False), dtype=dtype, name=name)
 
 
 def _layer_tensors(

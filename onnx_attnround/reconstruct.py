@@ -88,7 +88,8 @@ def round_plain(
 ) -> dict[str, LayerRounding]:
     """Nearest rounding of every layer on the error of its weights, without calibration."""
     roundings = {}
-    for layer in _prepare(model, plan, params, allocation):
+    for planned in plan.layers:
+        layer = open_layer(model, planned, params, allocation.bits[planned.node])
         problem = plain_objective(
             layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_axes=layer.shared_axes
         )
@@ -115,10 +116,9 @@ def round_layers(
     ``checkpoint`` holds are taken from it, the others are put there.
     """
     checkpoint = checkpoint or Checkpoint()
-    layers = _prepare(model, plan, params, allocation)
     roundings = round_plain(model, plan, params, allocation)
     quantised = qdq.insert(model, plan, params, roundings, "int8")
-    kept = [checkpoint.get("round", index) for index in range(len(layers))]
+    kept = [checkpoint.get("round", index) for index in range(len(plan.layers))]
     with ActivationStore(config.activation_memory_mb << 20) as store:
         walk = Walk(
             model,
@@ -129,22 +129,23 @@ def round_layers(
             store=store,
             threads=config.threads,
         )
-        for index, layer in enumerate(layers):
+        for index, planned in enumerate(plan.layers):
             if None in kept[index:]:
                 walk.advance(index)
-            rounding = kept[index] or roundings[layer.plan.node]
+            layer = open_layer(model, planned, params, allocation.bits[planned.node])
+            rounding = kept[index] or roundings[planned.node]
             if kept[index] is None:
                 with torch_threads(layer, config.threads):
                     moments = moments_of(
-                        layer, walk.inputs(index), samples.count, params.get(layer.plan.x)
+                        layer, walk.inputs(index), samples.count, params.get(planned.x)
                     )
                     if moments.finite:  # else what round_plain made of the layer stays
                         rounding = round_layer(layer, moments, config, index)
                 checkpoint.put(rounding, "round", index)
-            roundings[layer.plan.node] = rounding
-            qdq.update_layer(quantised, layer.plan, rounding, params, plan)
+            roundings[planned.node] = rounding
+            qdq.update_layer(quantised, planned, rounding, params, plan)
             detail = _outcome(layer, rounding) + (TAKEN if kept[index] else "")
-            on_event(Event(stage="round", done=index + 1, total=len(layers), detail=detail))
+            on_event(Event(stage="round", done=index + 1, total=len(plan.layers), detail=detail))
     return roundings
 
 
@@ -203,15 +204,6 @@ def _outcome(layer: Layer, rounding: LayerRounding) -> str:
         for mse in (rounding.mse_nearest, rounding.mse_final)
     )
     return f"{layer.plan.node}  {layer.spec.bits} bits  {nearest} → {final}"
-
-
-def _prepare(
-    model: ir.Model,
-    plan: QuantPlan,
-    params: Mapping[str, QuantParams],
-    allocation: BitAllocation,
-) -> list[Layer]:
-    return [open_layer(model, layer, params, allocation.bits[layer.node]) for layer in plan.layers]
 
 
 def open_layer(

@@ -134,6 +134,7 @@ class QuantParams:
 class BitAllocation:
     """Bits per layer (by node name) and the coding length per weight that led to them.
 
+    Without a mean to allocate under, none is computed.
     ``mean_bits`` is the parameter-weighted mean over the layers whose width was
     free, pinned layers (first and last) left out.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,9 +12,15 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnx_attnround.errors import ConfigError, ModelError
-from onnx_attnround.graph import in_memory
+from onnx_attnround.errors import AttnRoundError, ConfigError, ModelError, OutputError
+from onnx_attnround.graph import in_files, parameters, serialised
+from onnx_attnround.scratch import scratch
 
+LARGE = 64 << 20
+"""Parameters above which sessions use as little memory as they can, not as little time."""
+
+_FILES_BELOW = "session.model_external_initializers_file_folder_path"
+_OPTIMISED_FILE = "session.optimized_model_external_initializers_file_name"
 _FATAL = 4  # errors come as exceptions, so the log need not tell them too
 _UNKNOWN_OP = "is not a registered function/op"  # in the words of ONNX Runtime
 ort.set_default_logger_severity(_FATAL)
@@ -53,6 +60,7 @@ def open_session(
 ) -> ort.InferenceSession:
     """A CPU session on ``model``; raises ``ModelError`` if ONNX Runtime refuses it.
 
+    ``OutputError`` if there is no room on disk for the weights of a large one.
     ``threads`` bounds the threads inside an op (default: all cores);
     ``optimised_model`` is where ONNX Runtime writes the graph that it runs, with
     ``optimise`` false as it is given. ``signed_activations`` are fused, as they
@@ -72,18 +80,45 @@ def open_session(
     if optimised_model is not None:
         options.optimized_model_filepath = str(optimised_model)
     try:
-        source = str(model) if isinstance(model, Path) else _serialised(model)
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        if isinstance(model, Path):
+            return _session(str(model), options)
+        if parameters(model) > LARGE:
+            return _large_session(model, options)
+        return _session(b"".join(serialised(model)), options)
+    except AttnRoundError:
+        raise
     except Exception as error:  # protobuf and ONNX Runtime raise a dozen unrelated types here
         why = first_line(error)
         remedy = "; name its library with --custom-op-library" if _UNKNOWN_OP in why else ""
         raise ModelError(f"ONNX Runtime cannot load the model: {why}{remedy}") from error
 
 
-def _serialised(model: ir.Model) -> bytes:
-    """The model with the values of its external data in place: no path is left to resolve."""
-    data: bytes = ir.to_proto(in_memory(model)).SerializeToString()
-    return data
+def _session(source: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _large_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session that maps the constants of ``model`` from files, those in memory from a new one.
+
+    That file is deleted at once: what is mapped stays. Nodes run close to those that read
+    what they make, and memory is given back, so that not all weights are dequantised at
+    a time.
+    """
+    options.enable_cpu_mem_arena = False
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if options.optimized_model_filepath:
+        name = f"{Path(options.optimized_model_filepath).name}.data"
+        options.add_session_config_entry(_OPTIMISED_FILE, name)
+    try:
+        with scratch(Path(tempfile.gettempdir())) as folder:
+            light, root = in_files(model, folder)
+            options.add_session_config_entry(_FILES_BELOW, str(root))
+            return _session(ir.to_proto(light).SerializeToString(), options)
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep weights in a file: {error.strerror or error}; free some disk space, or "
+            "set TMPDIR to a larger disk"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -247,8 +247,11 @@ MATRICES = {
 }
 
 
+matrix = MATRICES.__getitem__
+
+
 def allocation(**options: object) -> BitAllocation:
-    return allocate(LAYERS, MATRICES, QuantConfig.parse(options))
+    return allocate(LAYERS, matrix, QuantConfig.parse(options))
 
 
 def test_without_a_budget_all_free_layers_get_the_same() -> None:
@@ -292,8 +295,9 @@ def test_with_every_layer_pinned_there_is_no_mean() -> None:
     assert math.isnan(result.mean_bits)
 
 
-def test_the_coding_length_of_every_layer_is_told() -> None:
-    lengths = allocation(weight_bits=8).coding_length
+def test_the_coding_length_of_every_layer_is_told_where_a_mean_is_asked_for() -> None:
+    assert allocation(weight_bits=8).coding_length == {}  # it takes long, and is not needed
+    lengths = allocation(mean_bits=8).coding_length
     assert list(lengths) == [one.node for one in LAYERS]
     usual = sum(one.parameters for one in LAYERS) / len(LAYERS)
     for one in LAYERS:
@@ -305,7 +309,7 @@ def test_the_coding_length_of_every_layer_is_told() -> None:
 def test_rescaled_weights_get_the_same_bits() -> None:
     config = QuantConfig(mean_bits=4.0)
     scaled = {name: matrix * np.float32(1000) for name, matrix in MATRICES.items()}
-    assert allocate(LAYERS, scaled, config).bits == allocate(LAYERS, MATRICES, config).bits
+    assert allocate(LAYERS, scaled.__getitem__, config).bits == allocation(mean_bits=4.0).bits
 
 
 def test_a_budget_below_the_narrowest_choice_is_refused() -> None:
@@ -334,7 +338,7 @@ def test_an_allocator_keeps_budget_choices_and_pins(
     small, large = (
         allocate(
             LAYERS,
-            MATRICES,
+            matrix,
             QuantConfig(allocator=name, mean_bits=min(b, 8), bit_choices=choices),
             COSTS,
         )
@@ -355,7 +359,7 @@ def test_config_and_allocators_agree() -> None:
 
 def test_measured_errors_decide_for_gram() -> None:
     """The poor layer costs more there, and has the shorter coding length."""
-    bits = allocate(LAYERS, MATRICES, QuantConfig(mean_bits=4, allocator="gram"), COSTS).bits
+    bits = allocate(LAYERS, matrix, QuantConfig(mean_bits=4, allocator="gram"), COSTS).bits
     assert bits == {"first": 8, "block.0/rich": 3, "block.1/poor": 5, "last": 8}
     other = allocation(mean_bits=4.5).bits
     assert other["block.0/rich"] > other["block.1/poor"]

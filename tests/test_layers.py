@@ -23,7 +23,7 @@ _NAMES = (
     "allocate check preprocess plan objective",
     "rounding",
     "samples narrow",
-    "calibrate walk verify",
+    "calibrate intake walk verify",
     "blocks checkpoint",
     "reconstruct",
     "refine sensitivity",

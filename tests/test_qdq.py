@@ -80,7 +80,7 @@ def prepare(
         layer.node: weight_matrix(layer, graph.tensor_value(model, layer.weight))
         for layer in plan.layers
     }
-    allocation = allocate(plan.layers, matrices, config)
+    allocation = allocate(plan.layers, matrices.__getitem__, config)
     params = dict(ranges.params)
     return Case(model, plan, params, round_plain(model, plan, params, allocation))
 
@@ -487,7 +487,8 @@ def test_tensor_that_a_subgraph_reads() -> None:
     config = QuantConfig()
     (layer,) = plan.layers
     matrices = {layer.node: weight_matrix(layer, graph.tensor_value(model, "w1"))}
-    roundings = round_plain(model, plan, params, allocate(plan.layers, matrices, config))
+    allocation = allocate(plan.layers, matrices.__getitem__, config)
+    roundings = round_plain(model, plan, params, allocation)
     out = qdq.insert(model, plan, params, roundings, "int8")
     check(out)
     for go in (True, False):
@@ -737,7 +738,7 @@ def clipped_case(top: float, bits: int, highest: float) -> Case:
     params = {"x": params_from_range(specs["x"], -3, 3),
               "y": params_from_range(specs["y"], 0, highest)}  # fmt: skip
     matrices = {"Conv_0": weight_matrix(plan.layers[0], graph.tensor_value(model, "w1"))}
-    allocation = allocate(plan.layers, matrices, QuantConfig())
+    allocation = allocate(plan.layers, matrices.__getitem__, QuantConfig())
     plan = replace(plan, activations=specs)
     return Case(model, plan, params, round_plain(model, plan, params, allocation))
 

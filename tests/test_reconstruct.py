@@ -94,7 +94,8 @@ def job_of(model: ir.Model, feeds: dict[str, Array], **options: Any) -> Job:
         layer.node: weight_matrix(layer, graph.tensor_value(model, layer.weight))
         for layer in plan.layers
     }
-    return Job(model, feeds, config, plan, params, allocate(plan.layers, matrices, config))
+    allocation = allocate(plan.layers, matrices.__getitem__, config)
+    return Job(model, feeds, config, plan, params, allocation)
 
 
 @cache

@@ -304,11 +304,32 @@ def test_result_of_onnxsim_with_other_opsets_is_refused(monkeypatch: pytest.Monk
     assert any("com.microsoft" in line for line in lines)
 
 
-def test_model_above_the_limit_leaves_onnxsim_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "INLINE_LIMIT", 100)
-    result, lines = check(build(CONV))
-    assert ops(result) == ["Conv", "Relu"]
-    assert "onnxsim: left out, the model is too large for it" in lines
+@pytest.mark.parametrize(("limit", "folds"), [(10**6, True), (100, False)])
+def test_onnxsim_sees_large_constants_only_where_it_could_fold_them(
+    limit: int, folds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none where they are too large for a message."""
+    monkeypatch.setattr(saving, "INLINE_LIMIT", limit)
+    monkeypatch.setattr(onnxsim_pass, "LARGE", 100)
+    seen: list[list[str]] = []
+
+    def watched(proto: onnx.ModelProto) -> onnx.ModelProto:
+        seen.append([tensor.name for tensor in proto.graph.initializer])
+        return simplified(proto)
+
+    simplified = onnxsim_pass._simplified
+    monkeypatch.setattr(onnxsim_pass, "_simplified", watched)
+    model = build(
+        """g (float[N,8] x) => (float[N,8] y) <float[8,8] w, float[8,8] v, float[8] c> {
+            t = Transpose(w)
+            a = MatMul(x, t)
+            b = Add(a, c)
+            y = MatMul(b, v)
+        }"""
+    )
+    result, _ = check(model)
+    assert seen == [["w", "c"] if folds else ["c"]]
+    assert ("Transpose" in ops(result)) != folds
 
 
 def test_failure_of_shape_inference_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

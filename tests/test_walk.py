@@ -45,7 +45,7 @@ class Setup:
             layer.node: weight_matrix(layer, tensor_value(model, layer.weight))
             for layer in self.plan.layers
         }
-        allocation = allocate(self.plan.layers, matrices, config)
+        allocation = allocate(self.plan.layers, matrices.__getitem__, config)
         self.params: Mapping[str, QuantParams] = {}
         if self.plan.activations:
             self.params = calibrate(

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph import in_memory
+from onnx_attnround.graph import serialised
 from onnx_attnround.records import Array
 from onnx_attnround.runtime import first_line
 
@@ -33,7 +33,7 @@ def compile_model(model: ir.Model, threads: int | None = None) -> Any:
     """The model on the CPU plugin, float layers in float32; raises ``ModelError`` if refused."""
     import openvino
 
-    data = ir.to_proto(in_memory(model)).SerializeToString()
+    data = b"".join(serialised(model))
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads

@@ -1,7 +1,7 @@
 """ONNX files in and out: load, check, save, and the few edits every stage needs.
 
 A model in memory is an ``onnx_ir.Model``. Weights in external data files stay
-memory-mapped until somebody asks for their values. No function changes the
+there, and are mapped for as long as somebody looks at their values. No function changes the
 model that it is given, but for ``name_nodes`` and the target of
 ``copy_signature``.
 """
@@ -18,22 +18,33 @@ from onnx_attnround.graph.editing import (
     through_proto,
     with_outputs,
 )
+from onnx_attnround.graph.files import in_files
 from onnx_attnround.graph.loading import load
 from onnx_attnround.graph.opset import least_ir_version, raise_opset
-from onnx_attnround.graph.saving import check_output, fits_inline, save, write_atomic
+from onnx_attnround.graph.saving import (
+    check_output,
+    fits_inline,
+    parameters,
+    save,
+    serialised,
+    write_atomic,
+)
 
 __all__ = [
     "check_output",
     "copy_signature",
     "fits_inline",
+    "in_files",
     "in_memory",
     "input_specs",
     "least_ir_version",
     "load",
     "name_nodes",
+    "parameters",
     "raise_opset",
     "reason",
     "save",
+    "serialised",
     "tensor_value",
     "through_proto",
     "with_outputs",

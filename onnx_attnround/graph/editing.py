@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import count
 
 import onnx
@@ -10,9 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnx_attnround.errors import ModelError
+from onnx_attnround.graph.files import SMALL, constants, held
 from onnx_attnround.records import Array, InputSpec
-
-_WITHHELD = 1024  # larger constants (bytes) are not shown to the C++ passes of onnx
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
@@ -72,28 +71,28 @@ def name_nodes(model: ir.Model) -> None:
 def in_memory(model: ir.Model) -> ir.Model:
     """A copy that refers to no external data file when it is serialised."""
     result = model.clone()
-    for graph in result.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    for value, tensor in constants(result):
+        value.const_value = held(tensor)
     return result
 
 
 def through_proto(
-    model: ir.Model, convert: Callable[[onnx.ModelProto], onnx.ModelProto]
+    model: ir.Model,
+    convert: Callable[[onnx.ModelProto], onnx.ModelProto],
+    withhold: Collection[str] | None = None,
 ) -> ir.Model:
     """The model that ``convert`` makes of a copy; large constants are withheld from it.
 
     ``convert`` sees them as graph inputs of the same name. They are put back
-    into its result, so that models of any size pass.
+    into its result, so that models of any size pass. ``withhold`` names them, by
+    default all that are not ``SMALL``.
     """
     light = model.clone()
     inputs = {value.name for value in light.graph.inputs}
     withheld: dict[str, ir.TensorProtocol] = {}
     for name, value in list(light.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _WITHHELD:
+        if tensor is None or not (tensor.nbytes > SMALL if withhold is None else name in withhold):
             continue
         withheld[name] = tensor
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
@@ -101,6 +100,8 @@ def through_proto(
         light.graph.initializers.pop(name)
         if name not in inputs:
             light.graph.inputs.append(value)
+    for value, tensor in constants(light):
+        value.const_value = held(tensor)
     graph = (result := ir.from_proto(convert(ir.to_proto(light)))).graph
     for value in graph.inputs:
         if value.name in withheld:

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph.editing import name_nodes, reason
+from onnx_attnround.graph.files import FileTensor
 
 
 def load(path: Path) -> ir.Model:
@@ -33,7 +34,10 @@ def load(path: Path) -> ir.Model:
         raise ModelError(
             f"'{path}' is not a valid ONNX model: {reason(error)}; export it again"
         ) from error
-    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = FileTensor.of(value.const_value, path.parent.resolve())
     name_nodes(model)
     return model
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from onnx_attnround.errors import OutputError
-from onnx_attnround.graph.editing import in_memory
+from onnx_attnround.graph.files import constants, held
 from onnx_attnround.scratch import scratch
 
 INLINE_LIMIT = 1_800_000_000
@@ -30,8 +31,8 @@ def save(model: ir.Model, path: Path, *, source: Path | None = None) -> None:
     check_output(path, source)
     with _staged(path) as folder:
         if fits_inline(model):
-            data = ir.to_proto(in_memory(model)).SerializeToString(deterministic=True)
-            (folder / path.name).write_bytes(data)
+            with (folder / path.name).open("wb") as file:
+                file.writelines(serialised(model))
             return
         weights = f"{path.name}.data"
         if any(_same_file(Path(file), path.parent / weights) for file in _external_files(model)):
@@ -67,29 +68,67 @@ def check_output(path: Path, source: Path | None = None) -> None:
         raise OutputError(f"folder '{path.parent}' is not writable; choose another output folder")
 
 
-def fits_inline(model: ir.Model) -> bool:
-    """Whether the constants of the model fit into one protobuf file."""
-    in_graphs = sum(
-        value.const_value.nbytes
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    )
+def serialised(model: ir.Model) -> Iterator[bytes]:
+    """The model as one protobuf message, in pieces: the values of one constant at a time.
+
+    The initializers come last, which is as good an order of the fields as any. The length
+    of the graph has to be known before, so that each is serialised twice.
+    """
+    light, values = model.clone(), list(model.graph.initializers.values())
+    for name, value in light.graph.initializers.items():
+        value.const_value = ir.tensor([0], name=name)  # in their place
+    for value, tensor in constants(light):  # those of subgraphs stay where they are
+        value.const_value = held(tensor)
+    proto = ir.to_proto(light)
+    del proto.graph.initializer[:]
+    graph = proto.graph.SerializeToString(deterministic=True)
+    proto.ClearField("graph")
+    yield proto.SerializeToString(deterministic=True)
+    length = len(graph) + sum(len(_initializer(value)) for value in values)
+    yield _varint(onnx.ModelProto.GRAPH_FIELD_NUMBER << 3 | 2) + _varint(length)
+    yield graph
+    yield from map(_initializer, values)
+
+
+def _initializer(value: ir.Value) -> bytes:
+    """One constant as a field of the message of its graph."""
+    graph = onnx.GraphProto()
+    if value.const_value is not None:
+        field = graph.initializer.add()
+        ir.serde.serialize_tensor_into(field, held(value.const_value))
+        field.name = value.name
+    data: bytes = graph.SerializeToString(deterministic=True)
+    return data
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf has it: seven bits a byte, the low ones first."""
+    low, high = number & 127, number >> 7
+    return bytes([low | 128]) + _varint(high) if high else bytes([low])
+
+
+def fits_inline(model: ir.Model, without: Collection[str] = ()) -> bool:
+    """Whether the constants of the model, but for those ``without``, fit into one message."""
+    tensors = (model.graph.initializers[name].const_value for name in without)
+    left_out = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    in_graphs = sum(tensor.nbytes for _, tensor in constants(model))
     in_nodes = sum(
         attribute.as_tensor().nbytes
         for node in model.graph.all_nodes()
         for attribute in node.attributes.values()
         if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
     )
-    return in_graphs + in_nodes <= INLINE_LIMIT
+    return in_graphs + in_nodes - left_out <= INLINE_LIMIT
+
+
+def parameters(model: ir.Model) -> int:
+    """The number of elements of all initializers."""
+    return sum(tensor.size for _, tensor in constants(model))
 
 
 def _external_files(model: ir.Model) -> set[str]:
     return {
-        value.const_value.path
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
+        tensor.path for _, tensor in constants(model) if isinstance(tensor, ir.ExternalTensor)
     }
 
 

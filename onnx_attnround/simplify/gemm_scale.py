@@ -20,8 +20,10 @@ def _fold(gemm: ir.Node) -> bool:
     for name, index in (("alpha", 1), ("beta", 2)):
         factor = gemm.attributes.get_float(name, 1.0)
         value = gemm.inputs[index] if index < len(gemm.inputs) else None
+        if factor == 1.0:
+            continue
         data = constant(value)
-        if factor == 1.0 or (value is not None and data is None):
+        if value is not None and data is None:
             continue
         if value is not None and data is not None:
             replace_constant(gemm, index, value, factor * data)

@@ -14,6 +14,9 @@ import onnx_ir as ir
 
 from onnx_attnround import graph
 
+LARGE = 1 << 20
+"""Bytes of a constant above which onnxsim sees it only if it could fold what reads it."""
+
 _UNWANTED = (
     "fuse_bn_into_conv",  # fold_batch_norm covers more layers
     "fuse_matmul_add_bias_into_gemm",  # MatMul runs in integer as it is ...
@@ -29,10 +32,8 @@ _UNWANTED = (
 
 def run_onnxsim(model: ir.Model) -> tuple[ir.Model, str]:
     """The model that onnxsim makes of it, or the model itself; and a line on what happened."""
-    if not graph.fits_inline(model):
-        return model, "onnxsim: left out, the model is too large for it"
     try:
-        result: ir.Model = ir.from_proto(_simplified(ir.to_proto(graph.in_memory(model))))
+        result = graph.through_proto(model, _simplified, _withheld(model))
         _check_opsets(model, result)
         graph.copy_signature(model, result)
     except Exception as error:  # whatever happens in there: the model is good without it
@@ -41,6 +42,25 @@ def run_onnxsim(model: ir.Model) -> tuple[ir.Model, str]:
     result.metadata_props.update(model.metadata_props)
     before, after = (sum(1 for _ in each.graph.all_nodes()) for each in (model, result))
     return result, f"onnxsim: {before} to {after} nodes" if before != after else ""
+
+
+def _withheld(model: ir.Model) -> set[str]:
+    """The large constants that onnxsim need not see: whoever reads them reads no constants alone.
+
+    All large ones, where what is left would not fit into one message.
+    """
+    large = {
+        name: value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > LARGE
+    }
+    idle = {name for name, value in large.items() if not any(map(_is_constant, value.consumers()))}
+    return idle if graph.fits_inline(model, without=idle) else set(large)
+
+
+def _is_constant(node: ir.Node) -> bool:
+    """Whether a node could be folded."""
+    return all(value is None or value.is_initializer() for value in node.inputs)
 
 
 def _simplified(proto: onnx.ModelProto) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -104,7 +105,7 @@ def _fresh(main: ir.Graph, value: ir.Value) -> str:
 
 def _widen(value: ir.Value) -> None:
     if value.const_value is not None and value.const_value.dtype in _HALF:
-        value.const_value = _single(value.const_value)
+        value.const_value = _widened(value.const_value)
     if value.type is not None and _is_half(value.type):
         value.type = _widened_type(value.type)
 
@@ -113,6 +114,12 @@ def _widened_type(kind: ir.TypeProtocol) -> ir.TypeProtocol:
     if isinstance(kind, ir.SequenceType | ir.OptionalType):
         return type(kind)(_widened_type(kind.elem_type))
     return ir.TensorType(ir.DataType.FLOAT)
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """The tensor in float32, made when it is asked for: it is twice as large."""
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(partial(_single, tensor), ir.DataType.FLOAT, shape, name=tensor.name)
 
 
 def _single(tensor: ir.TensorProtocol) -> ir.Tensor[Array]:

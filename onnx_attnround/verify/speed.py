@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.graph import serialised
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify.results import Latency
@@ -35,12 +36,7 @@ def measure_speed(models: Models, samples: Samples) -> Latency:
 
 def serialised_bytes(model: ir.Model) -> int:
     """The size of the serialised model in bytes, external weights included."""
-    external = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    )
-    return int(ir.to_proto(model).ByteSize()) + external
+    return sum(map(len, serialised(model)))
 
 
 def _interleaved_times(runs: Runs, feed: Feed) -> Array:

@@ -1,0 +1,64 @@
+"""The samples that come with a model: for calibration, for evaluation, and their labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnx_attnround import graph
+from onnx_attnround.allocate import measures
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import CalibrationError
+from onnx_attnround.preprocess import Preprocess
+from onnx_attnround.records import Array
+from onnx_attnround.samples import Samples, find_labels, open_samples
+
+
+def open_calibration(
+    source: Path | None,
+    calibration: object,
+    model: ir.Model,
+    preprocess: Preprocess | None,
+    config: QuantConfig,
+    notes: list[str],
+) -> Samples | None:
+    """The samples given, or those beside the model at ``source``; ``None`` with a note."""
+    if calibration is None and source is not None:
+        beside = sorted(source.parent.glob("test_data_set_*"))
+        if beside:
+            calibration = source.parent
+            notes.append(f"calibrating with the test_data_set_* beside '{source.name}'")
+    if calibration is None:
+        notes.append(
+            "no calibration samples: weights are rounded to nearest, activations stay float; "
+            "give --calib for learned rounding and integer activations"
+        )
+        return None
+    return open_samples(
+        calibration, graph.input_specs(model), limit=config.samples, preprocess=preprocess
+    )
+
+
+def open_evaluation(
+    path: Path | str | None, model: ir.Model, preprocess: Preprocess | None
+) -> tuple[Samples | None, Array | None]:
+    """The samples to verify on and their labels, where there are any."""
+    if path is None:
+        return None, None
+    samples = open_samples(path, graph.input_specs(model), preprocess=preprocess)
+    return samples, find_labels(Path(path))
+
+
+def check_samples(config: QuantConfig, samples: Samples | None, held_out: Samples | None) -> None:
+    """Raise ``CalibrationError`` if a gate or the allocator wants samples that are not there."""
+    gated = config.min_sqnr is not None or config.max_drop is not None
+    if gated and samples is None and held_out is None:
+        raise CalibrationError(
+            "a gate is set, but there are no samples to judge it on: give --calib or --eval"
+        )
+    if samples is None and measures(config):
+        raise CalibrationError(
+            f"allocator '{config.allocator}' measures the layers, but there are no calibration "
+            "samples: give --calib, or choose --allocator coding-length"
+        )
