@@ -119,7 +119,7 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
     if result.verification is not None and result.verification.not_compared:
         parts.append(f"not compared with float: {_named(result.verification.not_compared)}")
     if result.plan.layers:
-        parts.append(_bits(result.plan, result.allocation))
+        parts.append(_bits(result))
     parts += [f"note: {note}" for note in result.notes]
     if output is not None:
         parts.append(f"wrote {output}")
@@ -228,7 +228,9 @@ def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
         "mse_final": None if rounding is None else rounding.mse_final,
         "changed": None if rounding is None else rounding.changed,
         "sqnr_db": None if checked is None else checked.layer_sqnr.get(layer.node),
+        "block_size": None if rounding is None else rounding.spec.block_size,
         "runs_in_integer": layer.node in fusion.integer,
+        "weight_only_kernel": fusion.weight_only.get(layer.node),
         "in_float_because": fusion.fallen.get(layer.node),
     }
 
@@ -266,12 +268,17 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _bits(plan: QuantPlan, allocation: BitAllocation) -> str:
-    """The bits of all layers in one line."""
-    bits = [allocation.bits[layer.node] for layer in plan.layers]
-    sizes = [layer.parameters for layer in plan.layers]
+def _bits(result: QuantizeResult) -> str:
+    """The bits of all layers in one line; those of scales too where blocks have their own."""
+    layers = result.plan.layers
+    bits = [result.allocation.bits[layer.node] for layer in layers]
+    sizes = [layer.parameters for layer in layers]
     mean = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
     counts = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits).items()))
+    roundings = result.roundings.values()
+    if any(rounding.spec.block_size for rounding in roundings):
+        scales = 32 * sum(rounding.scale.size for rounding in roundings) / sum(sizes)
+        counts = f"{counts}; {mean + scales:.2f} bits with the scales"
     return f"{mean:.2f} bits per weight; layers by bits: {counts}"
 
 
@@ -364,10 +371,17 @@ def _size(count: int) -> str:
 
 def _fusion_lines(fusion: Fusion) -> Iterable[str]:
     """How many layers run in integer, and a line for each reason why others do not."""
-    total = len(fusion.integer) + len(fusion.fallen)
-    if not total:
-        return
+    total = len(fusion.macs)
     where = "in" if fusion.measured else "by the rules of"
+    if fusion.weight_only:
+        kernels = Counter(fusion.weight_only.values()).most_common()
+        told = ", ".join(f"{count} by {kernel}" for kernel, count in kernels)
+        yield (
+            f"{len(fusion.weight_only)} of {total} layers have low-bit weights and float inputs "
+            f"{where} {fusion.runtime}: {told}"
+        )
+    if not fusion.integer and not fusion.fallen:
+        return
     share = "" if fusion.integer_share is None else f", {fusion.integer_share:.1%} of the MACs"
     done = len(fusion.integer)
     yield f"{done} of {total} layers run in integer {where} {fusion.runtime}{share}"

@@ -168,12 +168,18 @@ BLOCKS = {"scale": np.full((2, 4), SW), "axis": 0, "block_size": 16}
 
 
 def blocks(
-    dtype: str, *, rows: int = 32, columns: int = 4, activation: bool = True, **built: Any
+    dtype: str,
+    *,
+    size: int = 16,
+    rows: int = 32,
+    columns: int = 4,
+    activation: bool = True,
+    **built: Any,
 ) -> ir.Model:
     made = Builder(**built)
     x = made.qdq("x", "in", "INT8") if activation else "x"
-    scale = np.full((-(-rows // 16), columns), SW)
-    weight = made.weight("w", (rows, columns), dtype, scale, axis=0, block_size=16)
+    scale = np.full((-(-rows // size), columns), SW)
+    weight = made.weight("w", (rows, columns), dtype, scale, axis=0, block_size=size)
     made.node("MatMul", [x, weight], "y")
     return made.build("y", ("N", rows))
 
@@ -210,7 +216,9 @@ CASES = [
     Case(TRT, "four-bits-of-an-activation", "in/q", lambda: conv({"dtype": "INT4"})),
     Case(TRT, "four-bits-not-blocked", "y", lambda: conv(SIGNED, {"dtype": "INT4"})),
     Case(TRT, "four-bits-not-blocked", "y", lambda: blocks("INT4")),
-    Case(TRT, "four-bits-not-blocked", "y", lambda: blocks("INT4", columns=5, activation=False)),
+    Case(TRT, "four-bits-not-blocked", "y", lambda: blocks("INT4", activation=False)),
+    Case(TRT, "four-bits-not-blocked", "y",
+         lambda: blocks("INT4", size=64, rows=128, columns=5, activation=False)),
     Case(TRT, "codes-changed-on-the-way", "dq", between),
     Case(TRT, "codes-changed-on-the-way", "w/dq",
          lambda: conv(SIGNED, {"dtype": "INT4", "cast": True})),
@@ -333,6 +341,41 @@ def test_the_reason_is_told_where_onnx_runtime_falls_back(
 )
 def test_signed_and_unsigned_do_not_mix_on_arm(model: Callable[[], ir.Model], why: str) -> None:
     assert why in fallen(model(), TARGETS["ort-arm"])["y"]
+
+
+def weight_only(model: ir.Model, target: str) -> tuple[dict[str, str], dict[str, str]]:
+    fusion = find_fusion(View(model, TARGETS[target]))
+    assert fusion.integer == ()
+    return dict(fusion.weight_only), dict(fusion.fallen)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "kernel"),
+    [
+        (lambda: blocks("INT4", activation=False), "ort", "MatMulNBits"),
+        (lambda: blocks("INT8", activation=False), "ort", "MatMulNBits"),
+        (lambda: blocks("INT4", rows=64, activation=False), "openvino", "FullyConnected"),
+        (float_input, "ort", "Conv"),
+        (lambda: blocks("INT4", activation=False), "tensorrt", "MatMul"),
+    ],
+)
+def test_weights_alone_are_no_fall_back(
+    model: Callable[[], ir.Model], target: str, kernel: str
+) -> None:
+    """The kernel that reads such weights is named, or the op that they are unpacked for."""
+    assert weight_only(model(), target) == ({"y": kernel}, {})
+
+
+def test_beside_integer_layers_a_float_input_is_a_fall_back_but_for_matmulnbits() -> None:
+    made = Builder()
+    first = made.node("Conv", [made.qdq("x", "in"), made.weight("w1", (4, 4, 3, 3))], "c1")
+    made.node("Conv", [made.node("Relu", [made.qdq(first, "mid")], "r"),
+                       made.weight("w2", (4, 4, 1, 1))], "c2")  # fmt: skip
+    made.node("MatMul", ["c2", made.weight("w3", (4, 5), axis=1)], "y")
+    fusion = find_fusion(View(made.build("y"), TARGETS["ort"]))
+    assert fusion.integer == ("c1",)
+    assert dict(fusion.fallen) == {"c2": "its input is not quantised"}
+    assert dict(fusion.weight_only) == {"y": "MatMulNBits"}
 
 
 def activated(op: str, point: int) -> ir.Model:

@@ -149,7 +149,9 @@ def test_the_report_holds_every_figure(result: QuantizeResult) -> None:
         "mse_final": 0.005,
         "changed": 0.125,
         "sqnr_db": 28.5,
+        "block_size": None,
         "runs_in_integer": True,
+        "weight_only_kernel": None,
         "in_float_because": None,
     }
     assert report["layers"][1]["mse_final"] is None
@@ -230,6 +232,32 @@ def test_the_console_compares(result: QuantizeResult) -> None:
     assert "note: no calibration samples: weights only" in printed
     assert printed.splitlines()[-1] == "wrote out.onnx"
     assert "/body/conv[0]" not in printed
+
+
+def test_weights_alone_are_told_with_their_kernels(result: QuantizeResult) -> None:
+    """And what the scales of blocks add to the bits per weight."""
+    kernels = {"/body/conv[0]": "MatMulNBits", "head": "Gemm"}
+    fusion = replace(result.checked.fusion, integer=(), fallen={}, weight_only=kernels)
+    rounding = result.roundings["/body/conv[0]"]
+    blocks = replace(
+        rounding, spec=replace(SPEC, block_size=16), scale=np.ones((75, 1), np.float32)
+    )
+    changed = replace(
+        result,
+        checked=replace(result.checked, fusion=fusion),
+        roundings={"/body/conv[0]": blocks},
+    )
+    printed = text(console(changed, output=None, verbose=False))
+    assert (
+        "2 of 2 layers have low-bit weights and float inputs in ONNX Runtime 1.31.1: "
+        "1 by MatMulNBits, 1 by Gemm"
+    ) in printed
+    assert "run in integer" not in printed
+    assert "6.00 bits per weight; " in printed
+    assert "1 at 4, 1 at 8; 8.00 bits with the scales" in printed
+    told = report_dict(changed, QuantConfig())["layers"][0]
+    assert (told["block_size"], told["weight_only_kernel"]) == (16, "MatMulNBits")
+    assert told["in_float_because"] is None
 
 
 def test_the_console_lists_layers_if_verbose(result: QuantizeResult) -> None:

@@ -128,6 +128,7 @@ def test_an_encoder_runs_in_matmulnbits(
     onnx.checker.check_model(ir.to_proto(graph.in_memory(result.model)), full_check=True)
     assert len(result.plan.layers) == LAYERS
     assert kernels(result.model, tmp_path) == {f"MatMulNBits{max(bits, 4)}": LAYERS}
+    assert set(result.checked.fusion.weight_only.values()) == {"MatMulNBits"}
     wanted = run(simplify(graph.load(path))[0], {"x": samples()})[0]
     exact = run(result.model, {"x": samples()})[0]
     computed = open_session(result.model, threads=1).run(None, {"x": samples()})[0]

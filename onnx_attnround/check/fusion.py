@@ -1,11 +1,11 @@
-"""Which layers run in integer: read from what the runtime made of the model, where it can run."""
+"""How layers run: read from what the runtime made of the model, where it can run."""
 
 from __future__ import annotations
 
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from onnx_attnround.check import plugin
 from onnx_attnround.check.reasons import reason
-from onnx_attnround.check.view import Layer, View
+from onnx_attnround.check.view import DEQUANTISE, Layer, View
 from onnx_attnround.ops import count_macs
 from onnx_attnround.runtime import open_session
 from onnx_attnround.scratch import scratch
@@ -24,6 +24,7 @@ INTEGER_OPS = frozenset({
     "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
     "QLinearConv", "QLinearMatMul",
 })  # fmt: skip
+UNPACKING_OP = "MatMulNBits"  # reads low-bit weights as it multiplies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,11 @@ class Fusion:
     """The layers with constant weights, parted by how ``runtime`` runs them.
 
     ``measured`` if that was read from the runtime; else it follows from its rules.
-    ``fallen`` maps the layers in float to the reason. ``macs`` are
-    multiply-accumulates for one sample, ``None`` where shapes are unknown.
+    ``weight_only`` maps the layers whose weights alone are quantised, as those of a
+    model with float activations are, to what runs them: a kernel that reads such
+    weights, or else the op, which they are unpacked for. ``fallen`` maps other layers in
+    float to the reason. ``macs`` are multiply-accumulates for one sample, ``None`` where
+    shapes are unknown.
     """
 
     runtime: str
@@ -40,6 +44,7 @@ class Fusion:
     integer: tuple[str, ...]
     fallen: Mapping[str, str]
     macs: Mapping[str, int | None]
+    weight_only: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def integer_share(self) -> float | None:
@@ -55,25 +60,37 @@ def find_fusion(view: View) -> Fusion:
     seen = _SEEN.get(view.target.runtime)
     if seen is None or (view.target.runtime == "openvino" and not plugin.available()):
         return expected_fusion(view)
-    runtime, integer = seen(view)
-    return _fusion(view, runtime, True, lambda layer: layer.name in integer)
+    runtime, kernels = seen(view)
+    return _fusion(view, runtime, kernels, measured=True)
 
 
 def expected_fusion(view: View) -> Fusion:
     """How the runtime should run each layer, by its rules."""
-    return _fusion(view, view.target.runtime, False, lambda layer: reason(view, layer) is None)
+    kernels = {
+        layer.name: layer.node.op_type for layer in view.layers if reason(view, layer) is None
+    }
+    return _fusion(view, view.target.runtime, kernels, measured=False)
 
 
-def _fusion(view: View, runtime: str, measured: bool, runs: Callable[[Layer], bool]) -> Fusion:
-    integer = tuple(layer.name for layer in view.layers if runs(layer))
+def _fusion(view: View, runtime: str, kernels: Mapping[str, str], *, measured: bool) -> Fusion:
+    """``kernels`` are what runs layers other than in float, by the names of their nodes."""
+    some_integer = any(view.activations(DEQUANTISE))
+    weight_only = {
+        layer.name: kernels.get(layer.name, layer.node.op_type)
+        for layer in view.layers
+        if layer.weight is not None and layer.x is None
+        if layer.name in kernels or not some_integer
+    }
+    rest = [layer for layer in view.layers if layer.name not in weight_only]
     return Fusion(
         runtime=runtime,
         measured=measured,
-        integer=integer,
+        integer=tuple(layer.name for layer in rest if layer.name in kernels),
+        weight_only=weight_only,
         fallen={
             layer.name: reason(view, layer) or "the runtime did not fuse it, for no known reason"
-            for layer in view.layers
-            if layer.name not in integer
+            for layer in rest
+            if layer.name not in kernels
         },
         macs={layer.name: _macs(layer) for layer in view.layers},
     )
@@ -94,8 +111,8 @@ def _shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
     return tuple(d if isinstance(d, int) else None for d in value.shape)
 
 
-def _seen_by_ort(view: View) -> tuple[str, frozenset[str]]:
-    """Nodes that run in integer, by the graph that ONNX Runtime optimised.
+def _seen_by_ort(view: View) -> tuple[str, dict[str, str]]:
+    """Kernels that take integers, by the names of the nodes in the graph that was optimised.
 
     Layout changes add ``_token_<n>`` to the name of the node that they replace.
     """
@@ -104,17 +121,22 @@ def _seen_by_ort(view: View) -> tuple[str, frozenset[str]]:
         path = folder / "optimised.onnx"
         open_session(view.model, signed_activations=signed, optimised_model=path)
         nodes = onnx.load(path, load_external_data=False).graph.node
-    names = [node.name for node in nodes if node.op_type in INTEGER_OPS]
-    integer = frozenset(names) | {re.sub(r"(_token_\d+)+$", "", name) for name in names}
-    return f"ONNX Runtime {ort.__version__}", integer
+    found = {n.name: n.op_type for n in nodes if n.op_type in INTEGER_OPS | {UNPACKING_OP}}
+    plain = {re.sub(r"(_token_\d+)+$", "", name): kernel for name, kernel in found.items()}
+    return f"ONNX Runtime {ort.__version__}", plain | found
 
 
-def _seen_by_openvino(view: View) -> tuple[str, frozenset[str]]:
-    """Nodes that run in integer, by the types of the kernels that OpenVINO chose."""
+def _seen_by_openvino(view: View) -> tuple[str, dict[str, str]]:
+    """Kernels of the layers, by the types of what OpenVINO chose."""
     compiled = plugin.compile_model(view.model)
-    origins = frozenset[str]().union(*plugin.integer_kernels(compiled))
-    integer = {layer.name for layer in view.layers if _origins(layer) & origins}
-    return f"OpenVINO {plugin.version()}", frozenset(integer)
+    kernels = {bits: plugin.integer_kernels(compiled, bits=bits) for bits in (4, 8)}
+    found = {
+        layer.name: kernel
+        for layer in view.layers
+        for kernel, origins in kernels[4 if layer.x is None else 8]
+        if _origins(layer) & origins
+    }
+    return f"OpenVINO {plugin.version()}", found
 
 
 def _origins(layer: Layer) -> set[str]:
@@ -123,7 +145,7 @@ def _origins(layer: Layer) -> set[str]:
     return {layer.name, f"{layer.name}/WithoutBiases", output, f"{output}_original"}
 
 
-_SEEN: dict[str, Callable[[View], tuple[str, frozenset[str]]]] = {
+_SEEN: dict[str, Callable[[View], tuple[str, dict[str, str]]]] = {
     "onnxruntime": _seen_by_ort,
     "openvino": _seen_by_openvino,
 }

@@ -38,7 +38,7 @@ def short_block(view: View) -> Found:
     """A block with fewer inputs than the others does not load."""
     for link in view.links:
         data = link.node.inputs[0]
-        size = link.node.attributes.get_int("block_size", 0)
+        size = link.block_size
         inputs = data.shape[link.axis] if size and data is not None and data.shape else 0
         if isinstance(inputs, int) and size and inputs % size:
             yield link.name, (

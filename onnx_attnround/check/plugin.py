@@ -15,6 +15,7 @@ from onnx_attnround.runtime import first_line
 
 _KERNELS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _INTEGER = ("i8", "u8")
+_FOUR_BITS = ("i4", "u4")  # of weights, under float inputs
 
 
 def available() -> bool:
@@ -54,12 +55,14 @@ def run(compiled: Any, feed: Mapping[str, Array]) -> dict[str, Array]:
     return {port.get_any_name(): values for port, values in results.items()}
 
 
-def integer_kernels(compiled: Any) -> list[frozenset[str]]:
-    """For each weighted kernel that computes on 8-bit integers, the names of what went into it."""
+def integer_kernels(compiled: Any, *, bits: int = 8) -> list[tuple[str, frozenset[str]]]:
+    """The weighted kernels that read integers of 8 bits, or also of 4; what went into each."""
+    precisions = _INTEGER if bits == 8 else _INTEGER + _FOUR_BITS
     origins = []
     for kernel in compiled.get_runtime_model().get_ops():
         info = kernel.get_rt_info()
         told = {key: info[key].astype(str) for key in ("layerType", "runtimePrecision")}
-        if told["layerType"] in _KERNELS and told["runtimePrecision"] in _INTEGER:
-            origins.append(frozenset(info["originalLayersNames"].astype(str).split(",")))
+        if told["layerType"] in _KERNELS and told["runtimePrecision"] in precisions:
+            names = frozenset(info["originalLayersNames"].astype(str).split(","))
+            origins.append((told["layerType"], names))
     return origins

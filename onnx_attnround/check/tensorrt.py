@@ -65,7 +65,7 @@ def four_bits_of_an_activation(view: View) -> Found:
 
 
 def four_bits_not_blocked(view: View) -> Found:
-    """4-bit weights have blocks of scales, an even last dimension, and a float input."""
+    """4-bit weights have blocks of 64 or 128, an even last dimension, and a float input."""
     for layer in view.layers:
         link = layer.weight
         if link is None or link.codes not in _FOUR_BITS:
@@ -74,6 +74,8 @@ def four_bits_not_blocked(view: View) -> Found:
         last = data.shape[-1] if data is not None and data.shape else None
         if not link.blocked:
             yield layer.name, "4-bit weights without blocks: give them block-wise scales, or INT8"
+        elif link.block_size not in view.target.block_sizes:
+            yield layer.name, f"4-bit weights in blocks of {link.block_size}: give them 64 or 128"
         elif isinstance(last, int) and last % 2:
             yield layer.name, f"4-bit weights with a last dimension of {last}: it must be even"
         elif layer.x is not None:

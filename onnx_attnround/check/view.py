@@ -35,12 +35,17 @@ class Link:
     codes: ir.DataType
     stored: ir.DataType | None
     axis: int
-    blocked: bool
+    block_size: int
 
     @property
     def name(self) -> str:
         """The name of the node."""
         return self.node.name or ""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether there is a scale for each block of ``block_size``."""
+        return self.block_size != 0
 
     @property
     def per_tensor(self) -> bool:
@@ -160,7 +165,7 @@ def _link(node: ir.Node) -> Link:
         codes=_code_type(node, data, point),
         stored=None if codes is None or node.op_type == QUANTISE else codes.dtype,
         axis=1 if attribute is None else attribute.as_int(),
-        blocked=node.attributes.get_int("block_size", 0) != 0,
+        block_size=node.attributes.get_int("block_size", 0),
     )
 
 
