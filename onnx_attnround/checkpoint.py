@@ -13,7 +13,7 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ from onnx_attnround import records
 from onnx_attnround.calibrate import Calibration
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
-from onnx_attnround.graph import write_atomic
+from onnx_attnround.graph import digest_of, model_digest, write_atomic
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
 from onnx_attnround.scratch import scratch
@@ -113,13 +113,15 @@ def open_checkpoint(
 
     Also the code of this package and the versions of the libraries must be the same.
     """
-    digest = hashlib.sha256(json.dumps(_circumstances(config), sort_keys=True).encode())
-    for name, values in _constants(model):
-        _add(digest, name, values)
-    for feeds in samples.batches(config.batch_size):
-        for name, values in feeds.items():
-            _add(digest, name, values)
-    return Checkpoint(folder / digest.hexdigest()[:32])
+    facts = {
+        **_circumstances(config),
+        "model": model_digest(model),
+        "samples": digest_of(
+            named for feeds in samples.batches(config.batch_size) for named in feeds.items()
+        ),
+    }
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return Checkpoint(folder / name)
 
 
 def _circumstances(config: QuantConfig) -> dict[str, Any]:
@@ -131,26 +133,6 @@ def _circumstances(config: QuantConfig) -> dict[str, Any]:
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
         "libraries": [ort.__version__, *map(metadata.version, _LIBRARIES)],
     }
-
-
-def _constants(model: ir.Model) -> Iterator[tuple[str, Array]]:
-    """The constants of the model one by one, so that any size fits; then what is around them."""
-    shell = model.clone()
-    for graph in shell.graphs():
-        for name, value in graph.initializers.items():
-            if value.const_value is not None:
-                yield name, value.const_value.numpy()
-                value.const_value = ir.tensor(np.zeros(0, np.uint8), name=name)
-    around = ir.to_proto(shell).SerializeToString(deterministic=True)
-    yield "", np.frombuffer(around, np.uint8)
-
-
-def _add(digest: hashlib._Hash, name: str, values: Array) -> None:
-    digest.update(f"{name} {values.dtype} {values.shape}".encode())
-    if values.dtype.hasobject:
-        digest.update(repr(values.tolist()).encode())
-    else:
-        digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def _make(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -261,10 +262,10 @@ def test_save_takes_external_data_in(tmp_path: Path) -> None:
     assert isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
 
 
-def large_model() -> ir.Model:
+def large_model(seed: int = 0) -> ir.Model:
     model = build("g (float[N,40] x, float[40,30] w) => (float[N,30] y) { y = MatMul(x, w) }")
     weight = model.graph.inputs.pop()
-    data = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)
+    data = np.random.default_rng(seed).normal(size=(40, 30)).astype(np.float32)
     weight.const_value = ir.tensor(data, name="w")
     model.graph.register_initializer(weight)
     return model
@@ -277,27 +278,66 @@ def test_save_above_the_limit_writes_weights_beside(
     model, path = large_model(), tmp_path / "out.onnx"
     before = ir.to_proto(model)
     graph.save(model, path)
-    assert sorted(os.listdir(tmp_path)) == ["out.onnx", "out.onnx.data"]
-    assert (tmp_path / "out.onnx.data").stat().st_size == 4800
+    name, data = sorted(os.listdir(tmp_path))
+    assert name == "out.onnx"
+    assert re.fullmatch(r"out\.onnx\.[0-9a-f]{12}\.data", data)
+    assert (tmp_path / data).stat().st_size == 4800
     assert path.stat().st_size < 1000
     assert ir.to_proto(model) == before
     again = graph.load(path)
     np.testing.assert_array_equal(graph.tensor_value(again, "w"), graph.tensor_value(model, "w"))
     ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    first = [(tmp_path / name).read_bytes() for name in ("out.onnx", "out.onnx.data")]
+    first = contents(tmp_path)
     graph.save(model, path)
-    assert first == [(tmp_path / name).read_bytes() for name in ("out.onnx", "out.onnx.data")]
+    assert contents(tmp_path) == first
 
 
-def test_save_does_not_overwrite_weights_that_the_model_reads(
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_model_is_never_beside_the_weights_of_another(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever comes between the two files, the older model finds its own weights."""
+
+    def replace(file: Path, target: Path) -> None:
+        if target == path:
+            raise failure
+        os.replace(file, target)
+
+    monkeypatch.setattr(saving, "INLINE_LIMIT", 1000)
+    path = tmp_path / "out.onnx"
+    graph.save(large_model(seed=1), path)
+    older = contents(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises((OutputError, KeyboardInterrupt)):
+        patch.setattr(Path, "replace", replace)
+        graph.save(large_model(seed=2), path)
+    assert contents(tmp_path) == older
+    graph.save(large_model(seed=2), path)
+    assert len(contents(tmp_path)) == 2
+    got = graph.tensor_value(graph.load(path), "w")
+    np.testing.assert_array_equal(got, graph.tensor_value(large_model(seed=2), "w"))
+
+
+def test_only_weights_that_nobody_needs_go_with_an_older_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "INLINE_LIMIT", 1)
-    path = write_external(tmp_path)
-    path = path.rename(tmp_path / "renamed.onnx")
-    with pytest.raises(OutputError, match=r"overwrite 'in\.onnx\.data'"):
-        graph.save(graph.load(path), tmp_path / "in.onnx")
-    assert sorted(os.listdir(tmp_path)) == ["in.onnx.data", "renamed.onnx"]
+    monkeypatch.setattr(saving, "INLINE_LIMIT", 1000)
+    path, copy = tmp_path / "out.onnx", tmp_path / "copy.onnx"
+    graph.save(large_model(seed=1), path)
+    copy.write_bytes(path.read_bytes())
+    for name in ("out.onnx.data", "out.onnx.0123456789ab.data", "other.onnx.0123456789ab.data"):
+        (tmp_path / name).write_bytes(b"x")
+    before = contents(tmp_path)
+    graph.save(graph.load(copy), path, source=copy)
+    assert contents(tmp_path).items() >= before.items() - {("out.onnx", before["out.onnx"])}
+    monkeypatch.setattr(saving, "INLINE_LIMIT", saving.INLINE_LIMIT << 20)
+    graph.save(large_model(seed=3), path)
+    gone = before.keys() - contents(tmp_path).keys()
+    assert len(gone) == 1
+    assert graph.tensor_value(graph.load(path), "w").shape == (40, 30)
 
 
 @pytest.mark.parametrize("limit", [1000, saving.INLINE_LIMIT])

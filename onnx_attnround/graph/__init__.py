@@ -8,6 +8,7 @@ model that it is given, but for ``name_nodes`` and the target of
 
 from __future__ import annotations
 
+from onnx_attnround.graph.content import digest_of, model_digest
 from onnx_attnround.graph.editing import (
     copy_signature,
     in_memory,
@@ -33,12 +34,14 @@ from onnx_attnround.graph.saving import (
 __all__ = [
     "check_output",
     "copy_signature",
+    "digest_of",
     "fits_inline",
     "in_files",
     "in_memory",
     "input_specs",
     "least_ir_version",
     "load",
+    "model_digest",
     "name_nodes",
     "parameters",
     "raise_opset",

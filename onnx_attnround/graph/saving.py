@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_attnround.errors import OutputError
+from onnx_attnround.graph.content import model_digest
 from onnx_attnround.graph.files import constants, held
 from onnx_attnround.scratch import scratch
 
@@ -21,26 +23,26 @@ INLINE_LIMIT = 1_800_000_000
 def save(model: ir.Model, path: Path, *, source: Path | None = None) -> None:
     """Write ``model`` to ``path``, where it appears complete or not at all.
 
-    Above ``INLINE_LIMIT`` the weights go to ``<path>.data`` beside it, which is
-    put in place just before the model. The same model gives the same bytes.
+    Above ``INLINE_LIMIT`` the weights go to ``<path>.<hash>.data`` beside it, in place
+    before the model is. So an older output has its own until the new one is there; then
+    they are removed. The same model gives the same bytes.
 
     Raises:
         OutputError: ``path`` cannot be written, or is the file ``source`` that
             the model came from; nothing is left behind.
     """
     check_output(path, source)
+    weights = None if fits_inline(model) else f"{path.name}.{model_digest(model)[:12]}.data"
+    superseded = _data_of(path, source) - {weights}
     with _staged(path) as folder:
-        if fits_inline(model):
+        if weights is None:
             with (folder / path.name).open("wb") as file:
                 file.writelines(serialised(model))
-            return
-        weights = f"{path.name}.data"
-        if any(_same_file(Path(file), path.parent / weights) for file in _external_files(model)):
-            raise OutputError(
-                f"cannot write '{path}': its weights would overwrite '{weights}', which the "
-                "input model reads; choose another output name"
-            )
-        ir.save(model, folder / path.name, format="protobuf", external_data=weights)
+        else:
+            ir.save(model, folder / path.name, format="protobuf", external_data=weights)
+    for name in superseded:
+        with suppress(OSError):
+            (path.parent / name).unlink()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -126,10 +128,14 @@ def parameters(model: ir.Model) -> int:
     return sum(tensor.size for _, tensor in constants(model))
 
 
-def _external_files(model: ir.Model) -> set[str]:
-    return {
-        tensor.path for _, tensor in constants(model) if isinstance(tensor, ir.ExternalTensor)
-    }
+def _data_of(path: Path, source: Path | None) -> set[str]:
+    """Files of weights, as ``save`` names them, that the model at ``path`` alone refers to."""
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
+    named = {file.name for file in path.parent.iterdir() if pattern.fullmatch(file.name)}
+    if not named or not path.is_file():
+        return set()
+    read, kept = path.read_bytes(), b"" if source is None else source.read_bytes()
+    return {name for name in named if name.encode() in read and name.encode() not in kept}
 
 
 def _same_file(first: Path, second: Path) -> bool:
@@ -151,8 +157,7 @@ def _staged(path: Path) -> Iterator[Path]:
             files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
             for file in files:
                 _sync(file)
-            for file in files:
-                file.replace(path.parent / file.name)
+            _move(files, path.parent)
             with suppress(OSError):  # not every system can flush a folder
                 _sync(path.parent, os.O_RDONLY)
     except OSError as error:
@@ -160,6 +165,19 @@ def _staged(path: Path) -> Iterator[Path]:
             f"cannot write '{path}': {error.strerror or error}; free some space or choose "
             "another folder"
         ) from error
+
+
+def _move(files: Sequence[Path], folder: Path) -> None:
+    """Move the files to ``folder``; if that fails before the last is there, none is."""
+    new = [target for file in files if not (target := folder / file.name).exists()]
+    try:
+        for file in files:
+            file.replace(folder / file.name)
+    except BaseException:
+        if files[-1].exists():
+            for target in new:
+                target.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path, flags: int = os.O_RDWR) -> None:
