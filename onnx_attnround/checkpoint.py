@@ -88,7 +88,11 @@ class Checkpoint:
         payload = _packed(result)
         _make(self._folder)
         data = hashlib.sha256(payload).digest() + payload
-        write_atomic(self._folder / f"{stage}-{unit:05}", data)
+        try:
+            write_atomic(self._folder / f"{stage}-{unit:05}", data)
+        except OutputError:
+            if self._folder.is_dir():  # else the same run, elsewhere, has come to its end
+                raise
 
     def remove(self) -> None:
         """Forget all results of the run, and of those that share them."""

@@ -106,12 +106,13 @@ def error_line(stderr: str) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is broken, how it is run, and what the user is told."""
+    """What is broken, how it is run, and what the user is told; if ``late``, after slow work."""
 
     message: str
     broken: Break = lambda folder: None
     arguments: tuple[str, ...] = RUN
     code: int = 1
+    late: bool = False
 
 
 FAULTS = {
@@ -144,6 +145,7 @@ FAULTS = {
         "0 to 2",
         save_samples(samples(labels=np.full(8, 3)), "eval.npz"),
         (*RUN, "--eval", "eval.npz"),
+        late=True,
     ),
     "setting unknown": Fault(
         "unknown option 'weight_bit'",
@@ -175,6 +177,31 @@ FAULTS = {
     "output is the input": Fault(
         "is the input model itself", arguments=("in.onnx", "./in.onnx", *RUN[2:])
     ),
+    "output is a hard link to the input": Fault(
+        "is the input model itself", lambda folder: os.link(folder / "in.onnx", folder / "out.onnx")
+    ),
+    "output holds the input's weights": Fault(
+        "'w.data' holds weights of the input model",
+        lambda folder: onnx.save(
+            onnx.load(folder / "in.onnx"), folder / "in.onnx", save_as_external_data=True,
+            location="w.data", size_threshold=0,
+        ),
+        ("in.onnx", "w.data", *RUN[2:]),
+    ),
+    "report folder missing": Fault(
+        "folder 'no' of the output does not exist", arguments=(*RUN, "--report", "no/r.json")
+    ),
+    "report is a folder": Fault(
+        "'r.json' is a folder",
+        lambda folder: (folder / "r.json").mkdir(),
+        (*RUN, "--report", "r.json"),
+    ),
+    "work dir is a file": Fault(
+        "cannot write to work dir 'in.onnx'", arguments=(*RUN, "--work-dir", "in.onnx")
+    ),
+    "work dir below a file": Fault(
+        "cannot write to work dir 'in.onnx/work'", arguments=(*RUN, "--work-dir", "in.onnx/work")
+    ),
     "output is a link to the input": Fault(
         "is the input model itself", lambda folder: (folder / "out.onnx").symlink_to("in.onnx")
     ),
@@ -194,6 +221,7 @@ def test_a_fault_is_told_in_one_line_and_leaves_no_trace(fault: Fault, folder: P
     process = start(folder, *fault.arguments)
     printed, told = process.communicate(timeout=60)
     assert fault.message in error_line(told)
+    assert ("round" in told.splitlines()) == fault.late
     assert process.returncode == fault.code
     assert printed == ""
     assert contents(folder) == before

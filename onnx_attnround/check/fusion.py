@@ -15,6 +15,7 @@ import onnxruntime as ort
 from onnx_attnround.check import plugin
 from onnx_attnround.check.reasons import reason
 from onnx_attnround.check.view import DEQUANTISE, Layer, View
+from onnx_attnround.errors import ModelError, OutputError
 from onnx_attnround.ops import count_macs
 from onnx_attnround.runtime import open_session
 from onnx_attnround.scratch import scratch
@@ -25,6 +26,7 @@ INTEGER_OPS = frozenset({
     "QLinearConv", "QLinearMatMul",
 })  # fmt: skip
 UNPACKING_OP = "MatMulNBits"  # reads low-bit weights as it multiplies
+_UNWRITTEN = "Protobuf serialization failed"  # in the words of ONNX Runtime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,15 @@ def _seen_by_ort(view: View) -> tuple[str, dict[str, str]]:
     signed = view.target.activation_signed
     with scratch(Path(tempfile.gettempdir())) as folder:
         path = folder / "optimised.onnx"
-        open_session(view.model, signed_activations=signed, optimised_model=path)
+        try:
+            open_session(view.model, signed_activations=signed, optimised_model=path)
+        except ModelError as error:
+            if _UNWRITTEN not in str(error):
+                raise
+            raise OutputError(
+                f"cannot write a temporary file to '{folder.parent}'; free some disk space there, "
+                "or set TMPDIR to a larger disk"
+            ) from error
         nodes = onnx.load(path, load_external_data=False).graph.node
     found = {n.name: n.op_type for n in nodes if n.op_type in INTEGER_OPS | {UNPACKING_OP}}
     plain = {re.sub(r"(_token_\d+)+$", "", name): kernel for name, kernel in found.items()}

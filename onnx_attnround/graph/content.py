@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.graph.files import constants
 from onnx_attnround.records import Array
 
 
@@ -31,10 +32,9 @@ def digest_of(arrays: Iterable[tuple[str, Array]]) -> str:
 def _constants(model: ir.Model) -> Iterator[tuple[str, Array]]:
     """The constants of the model one by one, so that any size fits; then what is around them."""
     shell = model.clone()
-    for graph in shell.graphs():
-        for name, value in graph.initializers.items():
-            if value.const_value is not None:
-                yield name, value.const_value.numpy()
-                value.const_value = ir.tensor(np.zeros(0, np.uint8), name=name)
+    for value, tensor in constants(shell):
+        name = value.name or ""
+        yield name, tensor.numpy()
+        value.const_value = ir.tensor(np.zeros(0, np.uint8), name=name)
     around = ir.to_proto(shell).SerializeToString(deterministic=True)
     yield "", np.frombuffer(around, np.uint8)

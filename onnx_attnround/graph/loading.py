@@ -21,7 +21,7 @@ def load(path: Path) -> ir.Model:
         ModelError: the file or its external data is missing, unreadable,
             truncated or outside the model's folder, or is not valid ONNX.
     """
-    proto = _parse(path)
+    proto = parse(path)
     try:
         for tensor in proto.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -42,7 +42,8 @@ def load(path: Path) -> ir.Model:
     return model
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def parse(path: Path) -> onnx.ModelProto:
+    """The model in ``path`` as it is, without its external data; raises ``ModelError``."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ModelError(f"model '{path}' {what}; give the path of an ONNX file")

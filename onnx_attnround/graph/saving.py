@@ -11,9 +11,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from onnx_attnround.errors import OutputError
+from onnx_attnround.errors import ModelError, OutputError
 from onnx_attnround.graph.content import model_digest
 from onnx_attnround.graph.files import constants, held
+from onnx_attnround.graph.loading import parse
 from onnx_attnround.scratch import scratch
 
 INLINE_LIMIT = 1_800_000_000
@@ -57,17 +58,27 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def check_output(path: Path, source: Path | None = None) -> None:
-    """Raise ``OutputError`` if ``path`` cannot be written or is the same file as ``source``."""
+    """Raise ``OutputError`` if ``path`` cannot be written or is a file of the model ``source``."""
     if source is not None and _same_file(path, source):
         raise OutputError(f"output '{path}' is the input model itself; choose another output file")
+    if source is not None and path.exists() and _is_data_of(path, source):
+        raise OutputError(
+            f"output '{path}' holds weights of the input model; choose another output file"
+        )
     if path.is_dir():
         raise OutputError(f"output '{path}' is a folder; give the name of a file")
     if path.exists() and not path.is_file():
         raise OutputError(f"output '{path}' is not a regular file; choose another output file")
     if not path.parent.is_dir():
         raise OutputError(f"folder '{path.parent}' of the output does not exist; create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"folder '{path.parent}' is not writable; choose another output folder")
+    try:
+        with scratch(path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"folder '{path.parent}' is not writable: {error.strerror or error}; choose another "
+            "output folder"
+        ) from error
 
 
 def serialised(model: ir.Model) -> Iterator[bytes]:
@@ -136,6 +147,17 @@ def _data_of(path: Path, source: Path | None) -> set[str]:
         return set()
     read, kept = path.read_bytes(), b"" if source is None else source.read_bytes()
     return {name for name in named if name.encode() in read and name.encode() not in kept}
+
+
+def _is_data_of(path: Path, source: Path) -> bool:
+    """Whether ``path`` is an external data file of the model ``source``."""
+    try:
+        tensors = parse(source).graph.initializer
+    except ModelError:  # which is told when it is loaded
+        return False
+    entries = [entry for tensor in tensors for entry in tensor.external_data]
+    locations = {entry.value for entry in entries if entry.key == "location"}
+    return any(_same_file(path, source.parent / location) for location in locations)
 
 
 def _same_file(first: Path, second: Path) -> bool:
