@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layered_models import LAYERED
 from small_models import build_proto
@@ -170,6 +170,7 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_a_damaged_file_counts_as_absent(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
