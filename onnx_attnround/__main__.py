@@ -144,7 +144,11 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
     ] = None,
     first_last_bits: Annotated[
         int | None,
-        _setting("first_last_bits", "Bits of the first and the last layers.", panel=_BITS),
+        _setting(
+            "first_last_bits",
+            "Bits of the first and the last layers, at least --weight-bits without --mean-bits.",
+            panel=_BITS,
+        ),
     ] = None,
     block_size: Annotated[
         int | None,

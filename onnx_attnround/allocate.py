@@ -144,9 +144,10 @@ def _pinned(layer: LayerPlan, config: QuantConfig) -> int | None:
     for pattern, bits in config.layer_bits.items():
         if fnmatchcase(layer.node, pattern):
             return bits
-    if layer.first_or_last:
-        return max(config.first_last_bits, config.weight_bits)
-    return None
+    if not layer.first_or_last:
+        return None
+    uniform = config.mean_bits is None
+    return max(config.first_last_bits, config.weight_bits) if uniform else config.first_last_bits
 
 
 def least_error(

@@ -265,6 +265,11 @@ def test_first_and_last_never_get_less_than_the_others() -> None:
     assert allocation(weight_bits=3, first_last_bits=4).bits["last"] == 4
 
 
+def test_under_a_budget_first_and_last_have_what_is_asked_for_them() -> None:
+    bits = allocation(mean_bits=4.0, first_last_bits=5).bits
+    assert bits["first"] == bits["last"] == 5
+
+
 def test_layer_bits_go_before_all_else_the_first_match_first() -> None:
     result = allocation(
         weight_bits=4, layer_bits={"*rich": 6, "block.*": 3, "last": 5}, first_last_bits=8
