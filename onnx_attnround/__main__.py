@@ -285,6 +285,7 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
 ) -> int:
     """Quantise the ONNX model IN after training, and write it to OUT with Q/DQ nodes."""
     options = Options(
+        given=_given(ctx),
         model=model,
         output=output,
         mean_bits=tuple(mean_bits.split(",")) if mean_bits and "," in mean_bits else (),
@@ -379,6 +380,14 @@ def _fail(message: str, code: int) -> int:
     """Print the one line of an error; returns ``code``."""
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     return code
+
+
+def _given(ctx: typer.Context) -> frozenset[str]:
+    """The parameters that the command line holds, options by their long name."""
+    sources = {p.opts[0]: ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
+    return frozenset(
+        name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    )
 
 
 def _config(path: Path | None, given: dict[str, Any]) -> QuantConfig:

@@ -82,6 +82,27 @@ class QuantConfig(BaseModel):
             raise ValueError(f"no width is within mean_bits {mean:g}: give one, or raise mean_bits")
         return tuple(sorted(set(value)))
 
+    def idle(self) -> list[str]:
+        """A line for each setting that is not the default, yet has no effect beside the others."""
+        budget = self.mean_bits is not None
+        chosen = self.bit_choices if budget else (self.weight_bits,)
+        idle = {
+            "weight_bits": (budget, "mean_bits decides the bits"),
+            "bit_choices": (not budget, "there is no mean_bits"),
+            "allocator": (not budget, "there is no mean_bits"),
+            "observer": (self.act_bits == 32, "activations stay float"),
+            "weight_storage": (
+                min(*chosen, self.first_last_bits, *self.layer_bits.values(), 8) > 4,
+                "no weights have up to 4 bits",
+            ),
+        }
+        defaults = {key: QuantConfig.model_fields[key].default for key in idle}
+        return [
+            f"option '{key}' has no effect: {why}"
+            for key, (is_idle, why) in idle.items()
+            if is_idle and getattr(self, key) != defaults[key]
+        ]
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> QuantConfig:
         """Validate ``values``; raises ``ConfigError`` that names the first wrong key."""
@@ -102,4 +123,5 @@ def _first_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown option '{key}': expected one of {', '.join(QuantConfig.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
+    message = message.replace("a valid tuple", "a list")
     return f"option '{key}': {message}, got {first['input']!r}"

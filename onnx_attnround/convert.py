@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user asked for, beside the config; ``mean_bits`` where there are several."""
+    """What the user asked for, beside the config; ``mean_bits`` where there are several.
 
+    ``given`` names what the command line holds, options as ``--name``.
+    """
+
+    given: frozenset[str]
     model: Path
     output: Path | None
     mean_bits: tuple[str, ...]
@@ -36,6 +40,12 @@ class Options:
     check: bool
     quiet: bool
     verbose: bool
+
+
+READ_BY_CHECK = frozenset(
+    {"model", "--check", "--calib", "--preprocess", "--samples", "--target"}
+    | {"--custom-op-library", "--config", "--report", "--quiet", "--verbose"}
+)
 
 
 def run(options: Options, config: QuantConfig) -> None:
@@ -53,6 +63,8 @@ def _check(options: Options) -> None:
     """Raise ``ConfigError`` for options that do not go together."""
     if options.check and (options.output is not None or options.dry_run):
         raise ConfigError("--check takes IN alone and writes nothing: leave out OUT and --dry-run")
+    if options.check and (unread := sorted(options.given - READ_BY_CHECK)):
+        raise ConfigError(f"--check does not read {', '.join(unread)}: leave that out")
     if options.output is None and not (options.dry_run or options.check):
         raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
     if options.report is not None and options.report.suffix.lower() != ".json":

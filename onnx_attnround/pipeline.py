@@ -197,6 +197,7 @@ def load(
         held_out, labels = open_evaluation(evaluation, original, preprocess)
         check_labels(labels, held_out, original)
         check_samples(run.config, samples, held_out)
+        run.notes += run.config.idle()
     return Loaded(
         source=source, original=original, samples=samples, evaluation=held_out, labels=labels
     )

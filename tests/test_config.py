@@ -63,7 +63,7 @@ def test_unknown_option_lists_the_known_ones() -> None:
         ({"steps": -1}, "option 'steps': got -1"),
         ({"threads": 0}, "option 'threads': got 0"),
         ({"activation_memory_mb": 0}, "option 'activation_memory_mb': got 0"),
-        ({"include": "conv*"}, "option 'include': valid tuple, got 'conv*'"),
+        ({"include": "conv*"}, "option 'include': a list, got 'conv*'"),
         ({"min_sqnr": float("nan")}, "option 'min_sqnr': finite number, got nan"),
         ({"max_drop": float("inf")}, "option 'max_drop': finite number, got inf"),
     ],
@@ -163,3 +163,24 @@ def test_target_speaks_of_ops_that_exist_and_of_each_once(name: str) -> None:
 def test_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="unknown target 'tpu': expected one of ort"):
         get_target("tpu")
+
+
+@pytest.mark.parametrize(
+    ("values", "idle"),
+    [
+        ({}, []),
+        ({"weight_bits": 4, "weight_storage": "int4", "observer": "minmax"}, []),
+        ({"mean_bits": 4, "bit_choices": (4, 8), "allocator": "gram"}, []),
+        ({"mean_bits": 4, "weight_bits": 4}, ["weight_bits"]),
+        ({"bit_choices": (4, 8), "allocator": "gram"}, ["bit_choices", "allocator"]),
+        ({"observer": "minmax", "act_bits": 32}, ["observer"]),
+        ({"weight_storage": "packed"}, ["weight_storage"]),
+        ({"weight_storage": "packed", "layer_bits": {"a": 4}}, []),
+        ({"weight_storage": "packed", "mean_bits": 6}, []),
+        ({"weight_storage": "packed", "mean_bits": 6, "bit_choices": (5, 8)}, ["weight_storage"]),
+    ],
+)
+def test_settings_that_change_nothing_are_told(values: dict[str, Any], idle: list[str]) -> None:
+    lines = QuantConfig.parse(values).idle()
+    assert [line.split("'")[1] for line in lines] == idle
+    assert all("has no effect" in line for line in lines)
