@@ -14,6 +14,9 @@ from onnx_attnround.preprocess import Preprocess
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples, find_labels, open_samples
 
+FEW_SAMPLES = 64
+"""With half as many, calibration samples show 10 dB more SQNR than others of the sample models."""
+
 
 def open_calibration(
     source: Path | None,
@@ -35,9 +38,15 @@ def open_calibration(
             "give --calib for learned rounding and integer activations"
         )
         return None
-    return open_samples(
+    samples = open_samples(
         calibration, graph.input_specs(model), limit=config.samples, preprocess=preprocess
     )
+    if samples.count < FEW_SAMPLES:
+        notes.append(
+            f"{samples.count} calibration samples are few: ranges fit these and may cut off "
+            "others, and figures measured on these flatter; give some hundred"
+        )
+    return samples
 
 
 def open_evaluation(

@@ -112,7 +112,7 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
     if result.verification is not None:
         elsewhere = result.plan.target.name != "ort"
         parts.append(_comparison(result.verification, elsewhere=elsewhere))
-    parts += _fusion_lines(result.checked.fusion)
+    parts += _fusion_lines(result.checked.fusion, result.plan.skipped)
     parts += _finding_lines(result.checked)
     if result.plan.target.runtime == "onnxruntime":
         parts += _release_line(result.checked)
@@ -132,7 +132,7 @@ def check_console(checked: Checked) -> RenderableType:
     for found in checked.findings:
         table.add_row("refused" if found.refused else "slow", found.node, found.rule, found.why)
     parts: list[RenderableType] = [table] if checked.findings else []
-    parts += _fusion_lines(checked.fusion)
+    parts += _fusion_lines(checked.fusion, {})
     parts += _release_line(checked)
     if not checked.ran:
         parts.append("not run: the runtime is not here, or shapes are unknown (give --calib)")
@@ -188,8 +188,9 @@ def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
         layers.add_row(*_plan_cells(layer, allocation))
     weights = sum(layer.parameters for layer in plan.layers)
     summary = (
-        f"layers: {len(plan.layers)}, weights: {weights:,}, mean bits (first and last left out): "
-        f"{_mean_bits(plan, allocation)}, nodes left in float: {len(plan.skipped)}"
+        f"layers: {len(plan.layers)}, weights: {weights:,}, "
+        f"mean bits (first, last and layer_bits left out): {_mean_bits(plan, allocation)}, "
+        f"nodes left in float: {len(plan.skipped)}"
     )
     skipped = _table("stays in float", "because")
     for node, reason in plan.skipped.items():
@@ -248,7 +249,6 @@ def _verified(verification: Verification) -> dict[str, Any]:
             "quantised_top1": accuracy.quantised_top1,
             "drop_points": accuracy.drop_points,
         }
-    fields["latency"]["speedup"] = verification.latency.speedup
     return fields
 
 
@@ -330,7 +330,8 @@ def _comparison(verification: Verification, *, elsewhere: bool) -> Table:
             f"{0.0 - accuracy.drop_points:+.2f} points",
         )
     for output in verification.outputs:
-        _add_output(table, output, verification.samples)
+        kind = "samples" if verification.held_out else "calibration samples"
+        _add_output(table, output, f"{verification.samples} {kind}")
     table.add_row(
         "size",
         _size(verification.float_bytes),
@@ -341,13 +342,13 @@ def _comparison(verification: Verification, *, elsewhere: bool) -> Table:
     return table
 
 
-def _add_output(table: Table, output: OutputComparison, samples: int) -> None:
+def _add_output(table: Table, output: OutputComparison, samples: str) -> None:
     if output.agreement is not None:
         kind = "values equal" if output.sqnr_db is None else "top-1 agrees"
         table.add_row(f"{output.name}: {kind}", "", "", f"{output.agreement:.2%}")
     if output.sqnr_db is not None:
         sqnr = f"{output.sqnr_db:.2f} dB" if math.isfinite(output.sqnr_db) else "exact"
-        table.add_row(f"{output.name}: SQNR ({samples} samples)", "", "", sqnr)
+        table.add_row(f"{output.name}: SQNR ({samples})", "", "", sqnr)
     table.add_row(f"{output.name}: largest error", "", "", f"{output.max_abs_error:.3g}")
 
 
@@ -369,8 +370,11 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def _fusion_lines(fusion: Fusion) -> Iterable[str]:
-    """How many layers run in integer, and a line for each reason why others do not."""
+def _fusion_lines(fusion: Fusion, skipped: Mapping[str, str]) -> Iterable[str]:
+    """How many layers run in integer, and a line for each reason why others do not.
+
+    So does what was ``skipped``, which need not count among the layers, for the reason of the plan.
+    """
     total = len(fusion.macs)
     where = "in" if fusion.measured else "by the rules of"
     if fusion.weight_only:
@@ -380,13 +384,13 @@ def _fusion_lines(fusion: Fusion) -> Iterable[str]:
             f"{len(fusion.weight_only)} of {total} layers have low-bit weights and float inputs "
             f"{where} {fusion.runtime}: {told}"
         )
-    if not fusion.integer and not fusion.fallen:
-        return
-    share = "" if fusion.integer_share is None else f", {fusion.integer_share:.1%} of the MACs"
-    done = len(fusion.integer)
-    yield f"{done} of {total} layers run in integer {where} {fusion.runtime}{share}"
+    if fusion.integer or fusion.fallen:
+        known = fusion.integer_share is not None
+        share = f", {fusion.integer_share:.1%} of their MACs" if known else ""
+        done = len(fusion.integer)
+        yield f"{done} of {total} layers run in integer {where} {fusion.runtime}{share}"
     reasons: dict[str, list[str]] = {}
-    for node, why in fusion.fallen.items():
+    for node, why in {**fusion.fallen, **skipped}.items():
         reasons.setdefault(why, []).append(node)
     for why, nodes in reasons.items():
         yield f"in float, {why}: {_named(tuple(nodes))}"

@@ -142,6 +142,13 @@ def between() -> ir.Model:
     return made.build("y")
 
 
+def upsampled() -> ir.Model:
+    """A ConvTranspose that reads floats."""
+    made = Builder()
+    made.node("ConvTranspose", ["x", made.weight("w", (4, 4, 3, 3))], "y")
+    return made.build("y")
+
+
 def float_input(output: str | None = None) -> ir.Model:
     """A Conv of which the weight alone is quantised, and the output where a type is given."""
     made = Builder()
@@ -314,6 +321,7 @@ def fallen(model: ir.Model, target: Target) -> dict[str, str]:
         (lambda: float_input("UINT8"), "its input is not quantised"),
         (lambda: float_weight("UINT8"), "its weight is not quantised"),
         (lambda: conv({}, {}, {}, op="ConvTranspose", bias="none"), "no integer ConvTranspose"),
+        (upsampled, "no integer ConvTranspose"),
         (lambda: conv({"dtype": "UINT16"}, {}, {"dtype": "UINT16"}, "none"), "16-bit activations"),
         (lambda: conv({}, {"dtype": "INT4"}, {}, "none"), "no integer kernel for INT4 weights"),
         (lambda: conv({}, {"dtype": "INT16"}, {}, "none"), "no integer kernel for INT16 weights"),
@@ -526,7 +534,7 @@ def test_the_command_line_passes_a_sound_file(
     assert main(["--check", path]) == 0
     printed = capsys.readouterr().out
     assert "1 of 1 layers run in integer in ONNX Runtime" in printed
-    assert "100.0% of the MACs" in printed
+    assert "100.0% of their MACs" in printed
     assert "loads in ONNX Runtime 1.18 or newer" in printed
     assert "no rule of target 'ort' is broken" in printed
 
@@ -541,6 +549,12 @@ def test_what_is_slow_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_check_writes_nothing(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["in.onnx", *more, "--check"]) == 2
     assert "--check takes IN alone" in capsys.readouterr().err
+
+
+def test_a_check_refuses_what_it_would_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--min-sqnr", "20", "--max-drop", "0", "--eval", "e.npz", "--target", "ort", "-q"]
+    assert main(["in.onnx", "--check", *options]) == 2
+    assert "--check does not read --eval, --max-drop, --min-sqnr:" in capsys.readouterr().err
 
 
 def test_samples_are_used_where_shapes_are_unknown(tmp_path: Path) -> None:

@@ -260,6 +260,14 @@ def test_without_samples_the_weights_alone(tmp_path: Path) -> None:
     assert [event.stage for event in events if event.total == 1] == STAGES
 
 
+@pytest.mark.parametrize(("count", "few"), [(63, True), (64, False)])
+def test_few_samples_are_told(count: int, few: bool, tmp_path: Path) -> None:
+    result = quantize(save_small(tmp_path), small_feed(count), config(method="nearest"))
+    assert [note.split(":")[0] for note in result.notes if "few" in note] == (
+        [f"{count} calibration samples are few"] if few else []
+    )
+
+
 def write_data_set(folder: Path, number: int) -> None:
     target = folder / f"test_data_set_{number}"
     target.mkdir()
@@ -278,6 +286,7 @@ def test_samples_beside_the_model_are_used(tmp_path: Path) -> None:
     assert not [note for note in given.notes if "test_data_set" in note]
     assert beside.verification is not None
     assert beside.verification.samples == 8
+    assert not beside.verification.held_out
     assert serialised(beside) == serialised(given)
 
 

@@ -96,6 +96,7 @@ def result() -> QuantizeResult:
         ),
         verification=Verification(
             samples=256,
+            held_out=False,
             outputs=(
                 OutputComparison(
                     name="logits", sqnr_db=31.25, max_abs_error=0.5, agreeing=255, judged=256
@@ -106,7 +107,7 @@ def result() -> QuantizeResult:
             layer_sqnr={"/body/conv[0]": 28.5},
             not_compared=("head",),
             latency=Latency(
-                batch=16, pairs=9, float_ms=8.0, quantised_ms=5.0, spread=(1.5, 1.75)
+                batch=16, pairs=9, float_ms=8.0, quantised_ms=5.0, speedup=1.6, spread=(1.5, 1.75)
             ),
             float_bytes=4_000_000,
             quantised_bytes=1_000_000,
@@ -217,14 +218,15 @@ def test_a_report_that_cannot_be_written_is_an_output_error(
 def test_the_console_compares(result: QuantizeResult) -> None:
     printed = text(console(result, output=Path("out.onnx"), verbose=False))
     assert row(printed, "top-1 (200 samples)") == ["95.00%", "93.50%", "-1.50", "points"]
-    assert row(printed, "logits: SQNR (256 samples)") == ["31.25", "dB"]
+    assert row(printed, "logits: SQNR (256 calibration samples)") == ["31.25", "dB"]
     assert row(printed, "logits: top-1 agrees") == ["99.61%"]
-    assert row(printed, "aux: SQNR (256 samples)") == ["exact"]
+    assert row(printed, "aux: SQNR (256 calibration samples)") == ["exact"]
     assert row(printed, "size") == ["4.00", "MB", "1.00", "MB", "4.00x", "smaller"]
     assert row(printed, "latency (batch 16, 1 thread)")[:4] == ["8.00", "ms", "5.00", "ms"]
     assert "1.60x as fast (1.50 to 1.75)" in printed
-    assert "1 of 2 layers run in integer in ONNX Runtime 1.31.1, 75.0% of the MACs" in printed
+    assert "1 of 2 layers run in integer in ONNX Runtime 1.31.1, 75.0% of their MACs" in printed
     assert "in float, its bias is float: head" in printed
+    assert "in float, op LSTM is not supported: lstm" in printed
     assert "check: head: write zeros [zero-point-missing]" in printed
     assert "loads in ONNX Runtime 1.18 or newer" in printed
     assert "not compared with float: head" in printed

@@ -97,11 +97,11 @@ def _unabsorbed(view: View, layer: Layer, link: Link) -> str | None:
     return None
 
 
-_OPERANDS: tuple[Reason, ...] = (_float_operands, _op, _wide_activations)
+_OPERANDS: tuple[Reason, ...] = (_op, _float_operands, _wide_activations)
 
 REASONS: dict[Runtime, tuple[Reason, ...]] = {
     "onnxruntime": (*_OPERANDS, _weight_type, _signs, _blocks, _bias, _gemm, _output),
     "openvino": (*_OPERANDS, _weight_type, _blocks),
     "tensorrt": (*_OPERANDS, _weight_type, _blocks),
-    "qnn": (_float_operands, _op, _blocks),
+    "qnn": (_op, _float_operands, _blocks),
 }

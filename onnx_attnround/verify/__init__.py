@@ -72,6 +72,7 @@ def verify(
     step("latency", total)
     return Verification(
         samples=count,
+        held_out=evaluation is not None,
         outputs=tuple(sums.result() for sums in outputs.values() if sums.comparable),
         accuracy=accuracy,
         layer_sqnr=layer_sqnr,

@@ -63,32 +63,31 @@ class Accuracy:
 class Latency:
     """Medians of interleaved runs on one thread, in milliseconds per batch of ``batch``.
 
-    ``spread`` are the quartiles of the speed-up over the ``pairs`` of runs.
+    ``speedup`` is the median of float time over quantised time of the ``pairs`` of
+    runs: above 1, the quantised model is faster. ``spread`` are its quartiles.
     """
 
     batch: int
     pairs: int
     float_ms: float
     quantised_ms: float
+    speedup: float
     spread: tuple[float, float]
-
-    @property
-    def speedup(self) -> float:
-        """Float time over quantised time: above 1, the quantised model is faster."""
-        return self.float_ms / self.quantised_ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """What was measured on the two models.
 
-    ``outputs`` were compared over ``samples`` samples; ``layer_sqnr`` maps a
+    ``outputs`` were compared over ``samples`` samples, which are those that the model
+    was calibrated on unless ``held_out``; ``layer_sqnr`` maps a
     planned layer's node name to the SQNR of its output in dB, ``not_compared``
     names the layers and graph outputs that could not be. Sizes are those of the
     serialised models, in bytes.
     """
 
     samples: int
+    held_out: bool
     outputs: tuple[OutputComparison, ...]
     accuracy: Accuracy | None
     layer_sqnr: Mapping[str, float]

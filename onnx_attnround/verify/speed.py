@@ -24,12 +24,13 @@ def measure_speed(models: Models, samples: Samples) -> Latency:
     runs = open_pair(models, 1)
     times = _interleaved_times(runs, feed)
     medians = 1000 * np.median(times, axis=0)
-    low, high = np.percentile(times[:, 0] / times[:, 1], [25, 75])
+    low, middle, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
     return Latency(
         batch=sample_count(feed),
         pairs=len(times),
         float_ms=float(medians[0]),
         quantised_ms=float(medians[1]),
+        speedup=float(middle),
         spread=(float(low), float(high)),
     )
 
