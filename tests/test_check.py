@@ -143,9 +143,10 @@ def between() -> ir.Model:
 
 
 def upsampled() -> ir.Model:
-    """A ConvTranspose that reads floats."""
+    """A ConvTranspose that reads the floats of a Conv."""
     made = Builder()
-    made.node("ConvTranspose", ["x", made.weight("w", (4, 4, 3, 3))], "y")
+    made.node("Conv", [made.qdq("x", "in"), made.weight("w", (4, 4, 3, 3))], "c")
+    made.node("ConvTranspose", ["c", made.weight("v", (4, 4, 3, 3))], "y")
     return made.build("y")
 
 
