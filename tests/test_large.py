@@ -53,7 +53,7 @@ def test_a_large_model_becomes_what_it_would_if_it_were_small(
     request.getfixturevalue("large")
     other = quantize(model, samples, config, output=tmp_path / "large.onnx")
     assert not list((tmp_path / "tmp").iterdir())
-    assert (tmp_path / "large.onnx.data").is_file()
+    assert len(list(tmp_path.glob("large.onnx.*.data"))) == 1
     assert other.checked == usual.checked
     small, large = (graph.load(tmp_path / f"{name}.onnx") for name in ("small", "large"))
     assert values(large) == values(small)
