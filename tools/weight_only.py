@@ -1,11 +1,14 @@
 """Weights alone quantised: a transformer on handwritten digits, and ONNX Runtime's own quantiser.
 
     python tools/weight_only.py [--bits 8,4,3,2] [--blocks none,128,32] [--model FILE.onnx]
+    python tools/weight_only.py --speed 2048 [--bits 8,4,2] [--blocks none,128,32]
 
 Trains a small vision transformer on scikit-learn's digits (half a minute; with --model the
 file is kept, and taken if it is there) and prints a Markdown table, a line for each setting:
 top-1 and SQNR against the float model on the held-out samples, as ONNX Runtime computes, the
 size of the file and the CPU-seconds of the conversion, loading of libraries left out.
+With --speed, how much faster than in float one MatMul of so many inputs and outputs runs on
+one thread: medians, the models taking turns, by the number of rows that are multiplied.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
@@ -28,6 +32,7 @@ from torch.nn import functional as F
 from train_models import BATCH, CALIBRATION, SEED, Array, Digits, augment, digits, export
 
 from onnx_attnround import QuantConfig, quantize
+from onnx_attnround.runtime import open_session
 
 EPOCHS = 40
 WIDTH, HEADS, HIDDEN, DEPTH = 128, 4, 512, 4
@@ -70,6 +75,9 @@ def main() -> None:
     """Train or load the model, convert it in every way, print the table."""
     options = _options()
     logging.disable(logging.INFO)
+    if options.speed:
+        print_speed(options)
+        return
     data = digits()
     with tempfile.TemporaryDirectory() as folder:
         source = options.model or Path(folder) / "transformer.onnx"
@@ -92,6 +100,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bits", default="8,4,3,2")
     parser.add_argument("--blocks", default="none,128,32")
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--speed", type=int, metavar="SIZE", help="time one MatMul instead")
     return parser.parse_args()
 
 
@@ -131,11 +140,15 @@ def _ways(
 def _ours(
     source: Path, samples: Array, bits: int, block: int | None, method: str
 ) -> Callable[[Path], object]:
-    config = QuantConfig.parse({
+    config = _settings(bits, block, method)
+    return lambda output: quantize(source, {"input": samples}, config, output=output)
+
+
+def _settings(bits: int, block: int | None, method: str) -> QuantConfig:
+    return QuantConfig.parse({
         "act_bits": 32, "weight_bits": bits, "first_last_bits": bits, "block_size": block,
         "method": method, "weight_storage": "packed2" if bits == 2 else None, "threads": 1,
     })  # fmt: skip
-    return lambda output: quantize(source, {"input": samples}, config, output=output)
 
 
 def _algorithms(bits: int, block: int, samples: Array) -> dict[str, Any]:
@@ -166,6 +179,45 @@ def _logits(file: bytes, data: Digits) -> Array:
     session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
     logits: Array = session.run(None, {"input": data.held_out})[0]
     return logits
+
+
+def print_speed(options: argparse.Namespace) -> None:
+    """The table of speeds: float time over that of each form of the weights."""
+    source = _matmul(options.speed)
+    models = {"float": source}
+    for bits in map(int, options.bits.split(",")):
+        for text in options.blocks.split(","):
+            settings = _settings(bits, None if text == "none" else int(text), "nearest")
+            name = f"{bits} bits, " + ("per channel" if text == "none" else f"block {text}")
+            models[name] = quantize(source, None, settings).model
+    sessions = {name: open_session(model, threads=1) for name, model in models.items()}
+    times = {rows: _times(sessions, rows, options.speed) for rows in (1, 16, 256)}
+    print("| rows | " + " | ".join(map(str, times)) + " |\n" + "|---" * 4 + "|")
+    for name in models:
+        told = [f"{found['float'] / found[name]:.2f}" for found in times.values()]
+        if name == "float":
+            told = [f"{1000 * found['float']:.2f} ms" for found in times.values()]
+        print(f"| {name} | " + " | ".join(told) + " |")
+
+
+def _times(sessions: dict[str, ort.InferenceSession], rows: int, size: int) -> dict[str, float]:
+    """Median seconds of each session, in turns."""
+    x = np.random.default_rng(1).normal(size=(rows, size)).astype(np.float32)
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(60 if rows < 256 else 20):
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            session.run(None, {"x": x})
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def _matmul(size: int) -> ir.Model:
+    weight = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    text = f"g (float[N,{size}] x) => (float[N,{size}] y) {{ y = MatMul(x, w) }}"
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    return ir.from_proto(proto)
 
 
 def _line(
