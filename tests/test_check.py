@@ -415,6 +415,15 @@ def test_openvino_tells_its_kernels(weight: dict[str, Any], integer: bool) -> No
     assert fusion.integer == (("y",) if integer else ())
 
 
+def test_openvino_reads_files_with_several_domains(tmp_path: Path) -> None:
+    """It knows them by their first fields, of which none may come twice before the graph."""
+    model = conv()
+    model.opset_imports["com.microsoft"] = 1
+    save(model, tmp_path / "file.onnx")
+    openvino = pytest.importorskip("openvino")
+    assert openvino.Core().read_model(tmp_path / "file.onnx").outputs
+
+
 def test_without_openvino_its_rules_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "available", lambda: False)
     checked = check(conv({}, {"dtype": "INT4"}), TARGETS["openvino"])

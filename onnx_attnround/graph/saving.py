@@ -84,8 +84,9 @@ def check_output(path: Path, source: Path | None = None) -> None:
 def serialised(model: ir.Model) -> Iterator[bytes]:
     """The model as one protobuf message, in pieces: the values of one constant at a time.
 
-    The initializers come last, which is as good an order of the fields as any. The length
-    of the graph has to be known before, so that each is serialised twice.
+    The initializers come last in the graph, which is as good an order of the fields as any;
+    those of the model are in theirs, without which OpenVINO does not know some models. The
+    length of the graph has to be known before, so that each is serialised twice.
     """
     light, values = model.clone(), list(model.graph.initializers.values())
     for name, value in light.graph.initializers.items():
@@ -96,11 +97,23 @@ def serialised(model: ir.Model) -> Iterator[bytes]:
     del proto.graph.initializer[:]
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
-    yield proto.SerializeToString(deterministic=True)
+    yield _fields(proto, later=False)
     length = len(graph) + sum(len(_initializer(value)) for value in values)
     yield _varint(onnx.ModelProto.GRAPH_FIELD_NUMBER << 3 | 2) + _varint(length)
     yield graph
     yield from map(_initializer, values)
+    yield _fields(proto, later=True)
+
+
+def _fields(proto: onnx.ModelProto, *, later: bool) -> bytes:
+    """The fields of a model behind its graph, or those before it."""
+    part = onnx.ModelProto()
+    part.CopyFrom(proto)
+    for field, _ in proto.ListFields():
+        if (field.number > onnx.ModelProto.GRAPH_FIELD_NUMBER) != later:
+            part.ClearField(field.name)
+    data: bytes = part.SerializeToString(deterministic=True)
+    return data
 
 
 def _initializer(value: ir.Value) -> bytes:
