@@ -135,8 +135,15 @@ def _circumstances(config: QuantConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json", exclude=_FREE),
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
-        "libraries": [ort.__version__, *map(metadata.version, _LIBRARIES)],
+        "libraries": [ort.__version__, *map(_version, _LIBRARIES)],
     }
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _make(folder: Path) -> None:

@@ -221,9 +221,10 @@ def test_the_same_run_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
         assert out.read_bytes() == once
 
 
-def test_the_batch_size_does_not_matter_to_the_result() -> None:
+@pytest.mark.parametrize("options", [{"batch_size": 7}, {"threads": 2}], ids=str)
+def test_batch_size_and_threads_matter_less_than_a_decibel(options: dict[str, Any]) -> None:
     """Sums of another order can break a tie: later layers then answer to another code."""
-    whole, parts = result_of(weight_bits=4), result_of(weight_bits=4, batch_size=7)
+    whole, parts = result_of(weight_bits=4), result_of(weight_bits=4, **options)
     first = whole.plan.layers[0].node
     np.testing.assert_array_equal(whole.roundings[first].codes, parts.roundings[first].codes)
     for node, rounding in whole.roundings.items():

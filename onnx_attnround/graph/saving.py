@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import onnx
@@ -156,14 +157,17 @@ def _data_of(path: Path, source: Path | None) -> set[str]:
     """Files of weights, as ``save`` names them, that the model at ``path`` alone refers to."""
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
     named = {file.name for file in path.parent.iterdir() if pattern.fullmatch(file.name)}
-    if not named or not path.is_file():
-        return set()
-    read, kept = path.read_bytes(), b"" if source is None else source.read_bytes()
-    return {name for name in named if name.encode() in read and name.encode() not in kept}
+    return {
+        name
+        for name in named
+        if _mentions(path, name) and not (source is not None and _mentions(source, name))
+    }
 
 
 def _is_data_of(path: Path, source: Path) -> bool:
     """Whether ``path`` is an external data file of the model ``source``."""
+    if not _mentions(source, path.name):
+        return False
     try:
         tensors = parse(source).graph.initializer
     except ModelError:  # which is told when it is loaded
@@ -171,6 +175,15 @@ def _is_data_of(path: Path, source: Path) -> bool:
     entries = [entry for tensor in tensors for entry in tensor.external_data]
     locations = {entry.value for entry in entries if entry.key == "location"}
     return any(_same_file(path, source.parent / location) for location in locations)
+
+
+def _mentions(file: Path, name: str) -> bool:
+    """Whether ``name`` is among the bytes of ``file``, which are mapped: it may be large."""
+    try:
+        with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as mapped:
+            return mapped.find(name.encode()) >= 0
+    except (OSError, ValueError):  # there is none, or it is empty
+        return False
 
 
 def _same_file(first: Path, second: Path) -> bool:
