@@ -192,10 +192,16 @@ def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
         f"mean bits (first, last and layer_bits left out): {_mean_bits(plan, allocation)}, "
         f"nodes left in float: {len(plan.skipped)}"
     )
-    skipped = _table("stays in float", "because")
-    for node, reason in plan.skipped.items():
-        skipped.add_row(node, reason)
-    return Group(layers, *([skipped] if plan.skipped else []), summary)
+    notes = [(plan.skipped, "stays in float"), (plan.unblocked, "no blocks of scales")]
+    tables = [_reasons(reasons, what) for reasons, what in notes if reasons]
+    return Group(layers, *tables, summary)
+
+
+def _reasons(reasons: Mapping[str, str], what: str) -> Table:
+    table = _table(what, "because")
+    for node, reason in reasons.items():
+        table.add_row(node, reason)
+    return table
 
 
 def _mean_bits(plan: QuantPlan, allocation: BitAllocation) -> str:

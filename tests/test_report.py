@@ -262,6 +262,13 @@ def test_weights_alone_are_told_with_their_kernels(result: QuantizeResult) -> No
     assert told["in_float_because"] is None
 
 
+def test_a_dry_run_tells_why_layers_have_no_blocks(result: QuantizeResult) -> None:
+    plan = replace(result.plan, unblocked={"head": "Conv takes one scale per channel"})
+    printed = text(plan_tables(plan, result.allocation))
+    assert row(printed, "no blocks of scales") == ["because"]
+    assert "head                 Conv takes one scale per channel" in printed
+
+
 def test_the_console_lists_layers_if_verbose(result: QuantizeResult) -> None:
     printed = text(console(result, output=None, verbose=True))
     assert row(printed, "/body/conv[0]") == [

@@ -18,6 +18,7 @@ from small_models import run
 from torch import nn
 
 from onnx_attnround import QuantConfig, QuantizeResult, graph, quantize
+from onnx_attnround.__main__ import main
 from onnx_attnround.check import plugin
 from onnx_attnround.quantizer import dequantize, spread
 from onnx_attnround.records import LayerPlan
@@ -237,3 +238,21 @@ def test_convolutions_are_packed_and_run_in_float(models_dir: Path, tmp_path: Pa
     eval_set = np.load(models_dir / "digits_eval.npz")
     logits = open_session(tmp_path / "out.onnx").run(None, {"input": eval_set["input"]})[0]
     assert float((logits.argmax(1) == eval_set["labels"]).mean()) > 0.97
+
+
+def test_the_command_line_takes_a_block_size(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calib, output = tmp_path / "calib.npz", tmp_path / "out.onnx"
+    np.savez(calib, x=samples(8))
+    given = [str(encoder(folder)), str(output), "--calib", str(calib), "--block-size", "64"]
+    assert main([*given, "--quiet"]) == 2
+    assert "give act_bits 32" in capsys.readouterr().err
+    assert main([*given, "--act-bits", "32", "--weight-bits", "4", "--method", "nearest"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{LAYERS} of {LAYERS} layers have low-bit weights and float inputs in ONNX" in printed
+    assert f"{LAYERS} by MatMulNBits" in printed
+    assert "no blocks of 64, 40 inputs fill no more than one: " in printed
+    assert "bits with the scales" in printed
+    sizes = {node.attributes.get_int("block_size", 0) for node in graph.load(output).graph}
+    assert sizes == {0, 64}
