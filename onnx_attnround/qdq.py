@@ -253,6 +253,12 @@ def _names(graph: ir.Graph) -> set[str | None]:
     return {value.name for value in (*graph.inputs, *graph.initializers.values(), *outputs)}
 
 
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    """The one node that reads the output, ``None`` if there are more or it ends the graph."""
+    readers = node.outputs[0].consumers()
+    return readers[0] if len(readers) == 1 and not node.outputs[0].is_graph_output() else None
+
+
 class _Writer:
     """Adds Q/DQ nodes and their initialisers to one graph."""
 
@@ -287,6 +293,8 @@ class _Writer:
         node.replace_input_with(1, weight)
         if turned:
             node.attributes.pop("transB")
+        if layer.x not in self.params and self.plan.target.runtime == "onnxruntime":
+            self._part_from_relu(node)
         if bias:
             value = bias[0]
             if len(bias) > 1:
@@ -294,6 +302,23 @@ class _Writer:
             if len(node.inputs) < 3:
                 node.resize_inputs(3)
             node.replace_input_with(2, value)
+
+    def _part_from_relu(self, node: ir.Node) -> None:
+        """Max with 0 in place of a Relu behind a matrix with low-bit weights and a float input.
+
+        ONNX Runtime makes no MatMulNBits of a matrix before a Relu that one node reads. It
+        takes the Add of a bias into the matrix before.
+        """
+        relu = _only_reader(node)
+        if relu is not None and relu.op_type == "Add":
+            relu = _only_reader(relu)
+        if relu is None or relu.op_type != "Relu" or _only_reader(relu) is None:
+            return
+        if node.op_type in ("Gemm", "MatMul"):
+            zero = self._initializer(_tensor(np.zeros(()), ir.DataType.FLOAT, f"{relu.name}/zero"))
+            relu.op_type = "Max"
+            relu.resize_inputs(2)
+            relu.replace_input_with(1, zero)
 
     def add_activation(self, name: str) -> None:
         """Q and DQ behind the tensor ``name``, for all its consumers; DQ alone on a constant."""

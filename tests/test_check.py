@@ -192,6 +192,15 @@ def blocks(
     return made.build("y", ("N", rows))
 
 
+def clipped(op: str) -> ir.Model:
+    """Low-bit weights and a float input, then a Relu or Clip that one node reads."""
+    made = Builder()
+    made.node("MatMul", ["x", made.weight("w", (8, 4), "INT4", axis=1)], "p")
+    bounds = [made.constant("low", 0.0), made.constant("high", 6.0)] if op == "Clip" else []
+    made.node("Abs", [made.node(op, ["p", *bounds], "r")], "y")
+    return made.build("y", ("N", 8))
+
+
 PER_CHANNEL = {"scale": np.full(4, SX), "axis": 1}
 TRT, QNN, OV, ORT = "tensorrt", "qnn", "openvino", "ort"
 
@@ -277,6 +286,8 @@ CASES = [
     Case(ORT, "two-bits-that-fill-no-bytes", "y",
          lambda: blocks("INT2", columns=6, activation=False, opset=25, ir_version=13),
          frozenset({"wrong-output"})),
+    Case(ORT, "clipped-low-bit-weights", "p", lambda: clipped("Relu")),
+    Case(ORT, "clipped-low-bit-weights", "p", lambda: clipped("Clip")),
     Case(ORT, "blocks-of-eight-bits-under-integer-activations", "y", lambda: blocks("INT8"),
          frozenset({"wrong-output", "does-not-run"})),
     Case(ORT, "zero-point-missing", "y",

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from small_models import run
+from small_models import build, run
 from torch import nn
 
 from onnx_attnround import QuantConfig, QuantizeResult, graph, quantize
@@ -221,6 +221,35 @@ def test_tensorrt_gets_blocks_of_four_bits_and_int8_for_the_rest(folder: Path) -
         blocked = rounding.spec.block_size == 64
         assert types[node] == (ir.DataType.INT4 if blocked else ir.DataType.INT8)
     assert not result.checked.refused
+
+
+RELUS = (
+    "g (float[N,40] x) => (float[N,20] y) <float[40,48] a, float[32,48] b, float[32] bb, "
+    "float[32,24] d, float[24] db, float[24,20] e> { p = MatMul(x, a) q = Relu(p) "
+    "r = Gemm<transB=1>(q, b, bb) s = Relu(r) t = MatMul(s, d) tb = Add(t, db) u = Relu(tb) "
+    "v = MatMul(u, e) y = Relu(v) }"
+)
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_a_relu_behind_a_layer_does_not_part_it_from_its_kernel(
+    block: int | None, tmp_path: Path
+) -> None:
+    """The last one, an output of the model, does no harm, and stays."""
+    model = build(RELUS)
+    config = QuantConfig(weight_bits=4, first_last_bits=4, block_size=block)
+    result = quantize(model, config=config)
+    assert kernels(result.model, tmp_path) == {"MatMulNBits4": 4}
+    assert [n.op_type for n in result.model.graph if n.op_type in ("Max", "Relu")] == [
+        "Max", "Max", "Max", "Relu"
+    ]  # fmt: skip
+    assert result.checked.findings == ()
+    feeds = {"x": samples(4)[:, 0]}
+    np.testing.assert_allclose(
+        run(result.model, feeds)[0], run(with_dequantised(model, result), feeds)[0], atol=2e-5
+    )
+    other = quantize(model, config=QuantConfig(weight_bits=4, target="openvino"))
+    assert sum(node.op_type == "Relu" for node in other.model.graph) == 4
 
 
 def test_convolutions_are_packed_and_run_in_float(models_dir: Path, tmp_path: Path) -> None:

@@ -61,6 +61,22 @@ def blocks_of_eight_bits_under_integer_activations(view: View) -> Found:
             )
 
 
+def clipped_low_bit_weights(view: View) -> Found:
+    """A MatMul or Gemm is no MatMulNBits before a Relu or Clip that one node reads."""
+    for layer in view.layers:
+        matrix = layer.node.op_type in ("Gemm", "MatMul")
+        if layer.weight is None or layer.x is not None or not matrix:
+            continue
+        clip = view.only_reader(layer.node.outputs[0])
+        if clip is None or clip.op_type not in ("Relu", "Clip"):
+            continue
+        if view.only_reader(clip.outputs[0]) is not None:
+            yield layer.name, (
+                f"its weights are unpacked in every run, for the {clip.op_type} behind it: put Max "
+                "(and Min) in its place"
+            )
+
+
 def zero_point_missing(view: View) -> Found:
     """Since 1.28 the weight of a Gemm is fused only with a zero point."""
     for layer in view.layers:
@@ -73,5 +89,6 @@ RULES = (
     Rule(two_bits_under_integer_activations),
     Rule(two_bits_that_fill_no_bytes),
     Rule(blocks_of_eight_bits_under_integer_activations),
+    Rule(clipped_low_bit_weights, refused=False),
     Rule(zero_point_missing, refused=False),
 )
