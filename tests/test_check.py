@@ -363,6 +363,14 @@ def test_signed_and_unsigned_do_not_mix_on_arm(model: Callable[[], ir.Model], wh
     assert why in fallen(model(), TARGETS["ort-arm"])["y"]
 
 
+def test_a_node_that_the_runtime_renames_is_found() -> None:
+    made = Builder()
+    made.node("MatMul", [made.qdq("x", "in"), made.weight("w", (4, 4), axis=1)], "p")
+    made.node("Add", ["p", made.constant("b", np.ones(4))], "s")
+    fusion = find_fusion(View(made.build(made.qdq("s", "out"), ("N", 4)), TARGETS["ort"]))
+    assert (fusion.integer, dict(fusion.fallen)) == (("p",), {})
+
+
 def weight_only(model: ir.Model, target: str) -> tuple[dict[str, str], dict[str, str]]:
     fusion = find_fusion(View(model, TARGETS[target]))
     assert fusion.integer == ()
@@ -433,6 +441,18 @@ def test_openvino_reads_files_with_several_domains(tmp_path: Path) -> None:
     save(model, tmp_path / "file.onnx")
     openvino = pytest.importorskip("openvino")
     assert openvino.Core().read_model(tmp_path / "file.onnx").outputs
+
+
+def test_dense_layers_are_known_by_their_scale_as_well() -> None:
+    made = Builder()
+    read = made.qdq("x", "in")
+    for name in "abc":
+        scale = np.linspace(0.01, 0.02, 16)
+        weight = made.weight(f"{name}/w", (16, 16), axis=1, scale=scale)
+        made.node("Gemm", [read, weight, made.constant(f"{name}/b", np.arange(16))], name)
+        read = made.qdq(made.node("Relu", [name], f"{name}/relu"), f"{name}/out")
+    fusion = find_fusion(View(made.build("c", ("N", 16)), TARGETS["openvino"]))
+    assert (fusion.integer, dict(fusion.fallen)) == (("a", "b", "c"), {})
 
 
 def test_without_openvino_its_rules_decide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -711,6 +711,8 @@ DENSE = {
     "matmul and bias": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) c = MatMul(t, n) "
                         "y = Add(b, c)", "[N,3,4]",
                         {"MatMulIntegerToFloat": 2, "Add": 2, "QuantizeLinear": 1}),
+    "matmul and bias of rank 2": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) c = MatMul(t, n) "
+                                  "y = Add(b, c)", "[N,4]", {"QGemm": 2}),
 }  # fmt: skip
 
 

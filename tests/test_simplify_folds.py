@@ -218,3 +218,52 @@ def test_gemm_of_two_inputs_keeps_alpha() -> None:
         "g (float[N,4] x, float[4,M] w) => (float[N,M] y) { y = Gemm<alpha = 0.5>(x, w) }"
     )
     assert check(model, exact=True)[0].graph[0].attributes.get_float("alpha") == 0.5
+
+
+def dense(call: str, x: str = "N,4", bias: str = "6", more: str = "") -> ir.Model:
+    """A MatMul, ``call`` with its product and a bias, and Relu."""
+    return build(
+        f"""g (float[{x}] x) => (float[{x.replace("4", "6")}] y{more})
+        <float[4,6] w, float[{bias}] b> {{
+            [dense] p = MatMul(x, w)
+            a = {call}
+            y = Relu(a)
+        }}"""
+    )
+
+
+@pytest.mark.parametrize("call", ["Add(p, b)", "Add(b, p)"])
+@pytest.mark.parametrize("bias", ["6", "1,6"])
+def test_matmul_and_bias_become_a_gemm_under_the_name_of_the_layer(call: str, bias: str) -> None:
+    result, lines = check(dense(call, bias=bias))
+    assert ops(result) == ["Gemm", "Relu"]
+    assert result.graph[0].name == "dense"
+    assert "fold-matmul-bias: 1 nodes" in lines
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dense("Add(p, b)", x="N,3,4"),
+        dense("Add(p, b)", bias="1"),
+        dense("Sub(p, b)"),
+        dense("Add(p, p)"),
+        dense("Add(p, b)", more=", float[N,6] p"),
+    ],
+    ids=["rank 3", "one number", "no Add", "no bias", "product is an output"],
+)
+def test_other_products_stay_matmul(model: ir.Model) -> None:
+    result, _ = check(model)
+    assert ops(result)[0] == "MatMul"
+
+
+def test_batch_norm_folds_into_matmul_and_bias() -> None:
+    model = build(
+        f"""g (float[N,4] x) => (float[N,6] n) <float[4,6] w, float[6] b, {NORM}> {{
+            p = MatMul(x, w)
+            c = Add(p, b)
+            n = {BATCH_NORM}
+        }}"""
+    )
+    result, _ = check(model)
+    assert ops(result) == ["Gemm"]

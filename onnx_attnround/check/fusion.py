@@ -26,6 +26,7 @@ INTEGER_OPS = frozenset({
     "QLinearConv", "QLinearMatMul",
 })  # fmt: skip
 UNPACKING_OP = "MatMulNBits"  # reads low-bit weights as it multiplies
+_RENAMED = r"(/MatMulAddFusion|_token_\d+)+$"  # what optimisers add to the name of a node
 _UNWRITTEN = "Protobuf serialization failed"  # in the words of ONNX Runtime
 
 
@@ -114,10 +115,7 @@ def _shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
 
 
 def _seen_by_ort(view: View) -> tuple[str, dict[str, str]]:
-    """Kernels that take integers, by the names of the nodes in the graph that was optimised.
-
-    Layout changes add ``_token_<n>`` to the name of the node that they replace.
-    """
+    """Kernels that take integers, by the names of the nodes in the graph that was optimised."""
     signed = view.target.activation_signed
     with scratch(Path(tempfile.gettempdir())) as folder:
         path = folder / "optimised.onnx"
@@ -132,7 +130,7 @@ def _seen_by_ort(view: View) -> tuple[str, dict[str, str]]:
             ) from error
         nodes = onnx.load(path, load_external_data=False).graph.node
     found = {n.name: n.op_type for n in nodes if n.op_type in INTEGER_OPS | {UNPACKING_OP}}
-    plain = {re.sub(r"(_token_\d+)+$", "", name): kernel for name, kernel in found.items()}
+    plain = {re.sub(_RENAMED, "", name): kernel for name, kernel in found.items()}
     return f"ONNX Runtime {ort.__version__}", plain | found
 
 
@@ -150,9 +148,13 @@ def _seen_by_openvino(view: View) -> tuple[str, dict[str, str]]:
 
 
 def _origins(layer: Layer) -> set[str]:
-    """What OpenVINO may call a node: by its name, or by its output if that ends the graph."""
+    """What OpenVINO may call a node: by its name, or by its output if that ends the graph.
+
+    Behind a scale per channel, which the kernel applies, all that is left may be its name.
+    """
     output = layer.node.outputs[0].name or ""
-    return {layer.name, f"{layer.name}/WithoutBiases", output, f"{output}_original"}
+    names = {layer.name, f"{layer.name}/WithoutBiases", output, f"{output}_original"}
+    return names | {f"{name}/DequantizationMultiply" for name in names}
 
 
 _SEEN: dict[str, Callable[[View], tuple[str, dict[str, str]]]] = {

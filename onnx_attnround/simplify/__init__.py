@@ -1,8 +1,8 @@
 """Simplification: fewer nodes, constants where constants can be, the same numbers out.
 
 onnxsim folds what is constant and fuses. Before and after it run passes that
-tidy the graph, and two folds of our own: into weights, in float64, and under
-the old names. A pass edits a model in place and returns the number of nodes
+tidy the graph, and folds of our own: into weights, in float64, and under the
+old names. A pass edits a model in place and returns the number of nodes
 that it folded or removed.
 """
 
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_attnround import graph
 from onnx_attnround.simplify.batch_norm import fold_batch_norm
 from onnx_attnround.simplify.gemm_scale import fold_gemm_scale
+from onnx_attnround.simplify.matmul_bias import fold_matmul_bias
 from onnx_attnround.simplify.onnxsim_pass import run_onnxsim
 from onnx_attnround.simplify.tidy import (
     drop_identities,
@@ -41,6 +42,7 @@ _PREPARE: dict[str, Callable[[ir.Model], int]] = {
 _PASSES: dict[str, Callable[[ir.Model], int]] = {
     "lift-constants": lift_constants,
     "drop-identities": drop_identities,
+    "fold-matmul-bias": fold_matmul_bias,
     "fold-gemm-scale": fold_gemm_scale,
     "fold-batch-norm": fold_batch_norm,
     "drop-unused": drop_unused,

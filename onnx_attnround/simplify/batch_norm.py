@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from onnx_attnround.quantizer import channel_view
 from onnx_attnround.records import Array
-from onnx_attnround.simplify.constants import constant, replace_constant
+from onnx_attnround.simplify.constants import constant, replace_constant, take_over_output
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
@@ -39,7 +39,7 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> bool:
     replace_constant(layer, 1, weight, _scale_outputs(layer, kernel, scale))
     layer.resize_inputs(3)
     replace_constant(layer, 2, old_bias or norm.inputs[2], scale * (bias - mean) + beta)
-    _take_over_output(graph, layer, norm)
+    take_over_output(graph, layer, norm)
     return True
 
 
@@ -79,12 +79,3 @@ def _scale_outputs(layer: ir.Node, weight: Array, scale: Array) -> Array:
         return (blocks * factors).reshape(weight.shape)
     by_column = layer.op_type == "Gemm" and not layer.attributes.get_int("transB", 0)
     return weight * channel_view(scale, weight.ndim, int(by_column))
-
-
-def _take_over_output(graph: ir.Graph, layer: ir.Node, norm: ir.Node) -> None:
-    y, old = layer.outputs[0], norm.outputs[0]
-    name = old.name if old.is_graph_output() else y.name
-    y.type, y.shape = old.type or y.type, y.shape if old.shape is None else old.shape
-    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
-    graph.remove(norm, safe=True)
-    y.name = name

@@ -1,4 +1,4 @@
-"""Reading and replacing the constants that a fold changes."""
+"""What folds share: constants that they read and replace, a node that they do away with."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def replace_constant(node: ir.Node, index: int, old: ir.Value | None, data: Arra
     new = ir.val(tensor.name, const_value=tensor)
     node.graph.register_initializer(new)
     node.replace_input_with(index, new)
+
+
+def take_over_output(graph: ir.Graph, layer: ir.Node, last: ir.Node) -> None:
+    """Remove ``last``, which is now part of ``layer``: who read it reads the layer's output."""
+    y, old = layer.outputs[0], last.outputs[0]
+    name = old.name if old.is_graph_output() else y.name
+    y.type, y.shape = old.type or y.type, y.shape if old.shape is None else old.shape
+    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
+    graph.remove(last, safe=True)
+    y.name = name

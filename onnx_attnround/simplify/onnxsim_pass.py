@@ -19,8 +19,8 @@ LARGE = 1 << 20
 
 _UNWANTED = (
     "fuse_bn_into_conv",  # fold_batch_norm covers more layers
-    "fuse_matmul_add_bias_into_gemm",  # MatMul runs in integer as it is ...
-    "fuse_matmul_add_bias_into_gemm_batched",  # ... and needs no Reshape before and after
+    "fuse_matmul_add_bias_into_gemm",  # fold_matmul_bias keeps the name of the layer
+    "fuse_matmul_add_bias_into_gemm_batched",  # MatMul runs in integer without Reshapes around it
     "fuse_transpose_into_gemm",  # makes Gemms that read their input transposed
     "fuse_qkv",  # joins layers that may want different bits
     "fuse_attention",  # hides layers in an operator of ONNX Runtime
