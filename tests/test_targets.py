@@ -242,7 +242,7 @@ def test_ort_arm_is_signed_and_fuses_where_signed_activations_are_allowed(tmp_pa
 
 QNN = (
     f"c1 = {CONV}(x, w1, b1) r1 = Relu(c1) t1 = Tanh(r1) g1 = Sigmoid(t1) k = Mul(g1, gain) "
-    "p = GlobalAveragePool(k) f = Flatten(p) d = MatMul(f, m) y = Add(d, mb)"
+    "p = GlobalAveragePool(k) f = Flatten(p) d = MatMul(f, m) y = Sub(d, mb)"
 )
 
 
