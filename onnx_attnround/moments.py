@@ -20,12 +20,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onnx_attnround.gram import Gram, dense, factored
 from onnx_attnround.ops import input_grid
 from onnx_attnround.records import Array, LayerPlan, QuantParams
 
 GOLDEN = 0.6180339887498949
 POSITIONS_PER_INPUT = 32  # patches sampled, per entry of a patch ...
 MIN_POSITIONS = 16384  # ... and at least
+WIDE = 4608  # inputs beyond which patches are kept, and not all of their products ...
+WIDE_PATCHES = 4096  # ... of so many patches
 MANY_INPUTS = 128  # from here on products take so long that bfloat16 pays
 
 
@@ -33,12 +36,12 @@ MANY_INPUTS = 128  # from here on products take so long that bfloat16 pays
 class Moments:
     """Running sums over sampled patches; torch tensors, float32.
 
-    ``gram`` and ``cross`` are ``[g, d, d]``; ``mean_v`` and ``mean_e`` ``[g, d]``;
+    ``gram`` is ``G``, ``linear`` ``W D`` ``[g, o, d]``; ``mean_v`` and ``mean_e`` ``[g, d]``;
     ``power`` is ``E |W e|^2`` and ``signal`` the variance of ``W x``, both ``[g, o]``.
     """
 
-    gram: torch.Tensor
-    cross: torch.Tensor
+    gram: Gram
+    linear: torch.Tensor
     mean_v: torch.Tensor
     mean_e: torch.Tensor
     power: torch.Tensor
@@ -47,8 +50,8 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether no sum overflowed, as squares of inputs beyond some 1e18 do."""
-        means = (self.gram, self.cross, self.mean_v, self.mean_e, self.power, self.signal)
-        return all(bool(mean.isfinite().all()) for mean in means)
+        means = (self.linear, self.mean_v, self.mean_e, self.power, self.signal)
+        return self.gram.finite and all(bool(mean.isfinite().all()) for mean in means)
 
 
 def collect(
@@ -66,17 +69,28 @@ def collect(
     patches are sampled depends on a sample's running index alone, not on the
     batch that it comes in.
     """
+    depth, scale = weight.shape[-1], 1.0 if params is None else float(params.scale)
+    codes = params is not None and params.spec.bits <= 8
+    second = _Patches() if depth > WIDE else _Products(short=codes and depth >= MANY_INPUTS)
     sums: list[torch.Tensor] | None = None
     total, seen = 0, 0
     for x, v in batches:
-        rows_x, rows_v = _rows(layer, x, v, params, seen, count, weight.shape[-1])
+        rows_x, rows_v = _rows(layer, x, v, params, seen, count, depth)
         seen += x.shape[0]
         total += rows_v.shape[1]
-        parts = _sums(weight, rows_x, rows_v, params)
-        sums = parts if sums is None else [a.add_(b) for a, b in zip(sums, parts, strict=True)]
+        e = torch.sub(rows_x, rows_v, alpha=scale)
+        out_e = e @ weight.transpose(1, 2)
+        second.add(rows_v, e, out_e, scale)
+        sums = _added(sums, [rows_v.sum(1).mul_(scale), e.sum(1), out_e.square_().sum(1)])
     if sums is None:
         raise ValueError("no batches")
-    return _finish(weight, [s / total for s in sums], centred=centred)
+    mean_v, mean_e, power = (part / total for part in sums)
+    gram, linear = second.finish(weight, total)
+    return _finish(weight, gram, linear, mean_v, mean_e, power, centred=centred)
+
+
+def _added(sums: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return parts if sums is None else [a.add_(b) for a, b in zip(sums, parts, strict=True)]
 
 
 def _rows(
@@ -106,7 +120,7 @@ def _tensor(values: Array) -> torch.Tensor:
 
 def _positions(samples: int, positions: int, seen: int, count: int, depth: int) -> torch.Tensor:
     """Flat positions ``[samples, p]``: all of them, or a low-discrepancy subset."""
-    wanted = max(MIN_POSITIONS, POSITIONS_PER_INPUT * depth)
+    wanted = WIDE_PATCHES if depth > WIDE else max(MIN_POSITIONS, POSITIONS_PER_INPUT * depth)
     per_sample = -(-wanted // max(count, 1))
     if per_sample >= positions:
         return torch.arange(positions).expand(samples, positions)
@@ -115,21 +129,36 @@ def _positions(samples: int, positions: int, seen: int, count: int, depth: int) 
     return torch.from_numpy(chosen.reshape(samples, per_sample))
 
 
-def _sums(
-    weight: torch.Tensor, x: torch.Tensor, v: torch.Tensor, params: QuantParams | None
-) -> list[torch.Tensor]:
-    scale = 1.0 if params is None else float(params.scale)
-    e = torch.sub(x, v, alpha=scale)
-    codes = params is not None and params.spec.bits <= 8
-    with _short_products(codes and weight.shape[-1] >= MANY_INPUTS):
-        gram, cross = _product(v, v), _product(e, v)
-    return [
-        gram.mul_(scale * scale),
-        cross.mul_(scale),
-        v.sum(1).mul_(scale),
-        e.sum(1),
-        (e @ weight.transpose(1, 2)).square_().sum(1),
-    ]
+class _Products:
+    """``G`` and ``W D`` from running sums of ``v v'`` and ``e v'``."""
+
+    def __init__(self, *, short: bool) -> None:
+        self._short = short
+        self._sums: list[torch.Tensor] | None = None
+
+    def add(self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float) -> None:
+        with _short_products(self._short):
+            gram, cross = _product(v, v), _product(e, v)
+        self._sums = _added(self._sums, [gram.mul_(scale * scale), cross.mul_(scale)])
+
+    def finish(self, weight: torch.Tensor, total: int) -> tuple[Gram, torch.Tensor]:
+        gram, cross = (part / total for part in self._sums or ())
+        return dense(gram), weight @ cross
+
+
+class _Patches:
+    """``G`` from the patches ``v`` themselves, ``W D`` from running sums of ``W e v'``."""
+
+    def __init__(self) -> None:
+        self._rows: list[torch.Tensor] = []
+        self._linear = torch.zeros(())
+
+    def add(self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float) -> None:
+        self._rows.append(v * scale)
+        self._linear = (out_e.transpose(1, 2) @ self._rows[-1]).add_(self._linear)
+
+    def finish(self, weight: torch.Tensor, total: int) -> tuple[Gram, torch.Tensor]:
+        return factored(torch.cat(self._rows, 1)), self._linear / total
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -152,18 +181,27 @@ def _short_products(allowed: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(usual)
 
 
-def _finish(weight: torch.Tensor, means: list[torch.Tensor], *, centred: bool) -> Moments:
-    gram, cross, mean_v, mean_e, power = means
-    covariance = gram - mean_v[:, :, None] * mean_v[:, None, :]
-    cross_covariance = cross - mean_e[:, :, None] * mean_v[:, None, :]
-    variance = power - (weight @ mean_e[..., None])[..., 0].square()
+def _finish(
+    weight: torch.Tensor,
+    gram: Gram,
+    linear: torch.Tensor,
+    mean_v: torch.Tensor,
+    mean_e: torch.Tensor,
+    power: torch.Tensor,
+    *,
+    centred: bool,
+) -> Moments:
+    covariance = gram.centred(mean_v)
+    out_e = (weight @ mean_e[..., None])[..., 0]
+    linear_covariance = linear - out_e[:, :, None] * mean_v[:, None, :]
+    variance = power - out_e.square()
     # the variance of W x = W v + W e
-    signal = variance + ((weight @ (covariance + 2 * cross_covariance)) * weight).sum(-1)
+    signal = ((covariance.times(weight) + 2 * linear_covariance) * weight).sum(-1) + variance
     if centred:
-        gram, cross, power = covariance, cross_covariance, variance
+        gram, linear, power = covariance, linear_covariance, variance
     return Moments(
         gram=gram,
-        cross=cross,
+        linear=linear,
         mean_v=mean_v,
         mean_e=mean_e,
         power=power.clamp_min(0.0),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from onnx_attnround.gram import Gram, identity
 from onnx_attnround.moments import Moments
 from onnx_attnround.records import QuantSpec
 
@@ -24,16 +25,15 @@ SCALE_CANDIDATES = torch.linspace(0.3, 1.1, 33)
 class Objective:
     """The layer's output error as a function of codes and scale.
 
-    ``weight`` and ``linear`` (``W D``) are ``[g, o, d]``, ``gram`` ``[g, d, d]``
-    with the ridge on its diagonal, ``constant`` and ``scale_floor`` ``[g, o]``. For
-    nearest rounding the diagonal of ``gram``, ``[g, 1, d]``, will do.
+    ``weight`` and ``linear`` (``W D``) are ``[g, o, d]``, ``gram`` has the ridge on
+    its diagonal, ``constant`` and ``scale_floor`` are ``[g, o]``.
     Each ``block_size`` inputs have a scale of their own; without, a row is one block.
     A scale is ``[g, o, 1]``, or with blocks ``[g, o, d]``, the same all over a block.
     Rows along ``shared_axes`` (0 groups, 1 outputs) have one scale.
     """
 
     weight: torch.Tensor
-    gram: torch.Tensor
+    gram: Gram
     linear: torch.Tensor
     constant: torch.Tensor
     scale_floor: torch.Tensor
@@ -45,25 +45,11 @@ class Objective:
     def loss(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Error power per output row, ``[g, o]``."""
         delta = codes * scale - self.weight
-        return (delta * (self._weighed(delta) - 2 * self.linear)).sum(-1) + self.constant
+        return (delta * (self.gram.times(delta) - 2 * self.linear)).sum(-1) + self.constant
 
     def slope(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Half the gradient of the loss by the dequantised weight, ``[g, o, d]``."""
-        return self._weighed(codes * scale - self.weight) - self.linear
-
-    def _weighed(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta * self.gram if self._diagonal else delta @ self.gram
-
-    @property
-    def _diagonal(self) -> bool:
-        return self.gram.shape[1] < self.gram.shape[2]
-
-    @property
-    def importance(self) -> torch.Tensor:
-        """The power of each input, ``[g, 1, d]``."""
-        if self._diagonal:
-            return self.gram
-        return self.gram.diagonal(dim1=1, dim2=2)[:, None, :]
+        return self.gram.times(codes * scale - self.weight) - self.linear
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor:
         """Codes of rounding to nearest."""
@@ -108,13 +94,10 @@ def objective(
     shared_axes: tuple[int, ...] = (),
 ) -> Objective:
     """The objective of a layer with weight ``[g, o, d]`` from the moments of its input."""
-    gram = moments.gram.clone()
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += RIDGE * diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
     return Objective(
         weight=weight,
-        gram=gram,
-        linear=weight @ moments.cross,
+        gram=moments.gram.ridged(RIDGE),
+        linear=moments.linear,
         constant=moments.power,
         scale_floor=scale_floor,
         qmin=spec.qmin,
@@ -135,7 +118,7 @@ def plain_objective(
     groups, outputs, depth = weight.shape
     return Objective(
         weight=weight,
-        gram=torch.ones(groups, 1, depth),
+        gram=identity(groups, depth),
         linear=torch.zeros(()).expand_as(weight),
         constant=torch.zeros(groups, outputs),
         scale_floor=scale_floor,
@@ -153,12 +136,13 @@ def search_scale(problem: Objective) -> torch.Tensor:
     for nearest rounding serve the learned rounding less well (docs/experiments.md).
     """
     widest = _widest_scale(problem)
+    importance = problem.gram.diagonal[:, None, :]
     best, best_error = widest, torch.full_like(widest, math.inf)
     for factor in SCALE_CANDIDATES.tolist():
         scale = torch.maximum(widest * factor, problem.scale_floor[..., None])
         spread = problem.spread(scale)
         residue = problem.nearest(spread) * spread - problem.weight
-        error = problem.pool(problem.per_block(residue.square() * problem.importance).sum(-1))
+        error = problem.pool(problem.per_block(residue.square() * importance).sum(-1))
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, scale, best)
@@ -202,7 +186,7 @@ def _fit(
     problem: Objective, block: slice, codes: torch.Tensor, rest: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
     """The scale of the codes ``[g, o, b]`` of one block that is to make up for ``rest``."""
-    projected = codes @ problem.gram[:, block]
+    projected = problem.gram.spread(codes, block)
     power = problem.pool((projected[..., block] * codes).sum(-1))
     wanted = projected.mul_(rest)
     wanted[..., block] += codes * problem.linear[..., block]

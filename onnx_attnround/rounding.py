@@ -214,7 +214,7 @@ def descend(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> tor
                 moved = True
                 codes[..., block] = better
                 if width < depth:
-                    slope += change @ problem.gram[:, block]
+                    slope += problem.gram.spread(change, block)
         if not moved:
             break
     return codes
@@ -236,7 +236,7 @@ def _descend_block(
     """
     groups, outputs, _ = codes.shape
     group = torch.arange(groups).repeat_interleave(outputs)
-    gram = problem.gram[:, block, block]
+    gram = problem.gram.block(block)
     diagonal = gram.diagonal(dim1=1, dim2=2)[group]
     pull = gram / gram.diagonal(dim1=1, dim2=2)[:, None, :]  # of input i on the excess of j
     pull, first = pull.flatten(0, 1), group * pull.shape[1]
@@ -285,7 +285,7 @@ def round_adaround(
     fraction = (position - floor).clamp(0.01, 0.99)
     logits = torch.logit((fraction + 0.1) / 1.2).requires_grad_()
     optimiser = torch.optim.Adam([logits], lr=0.1)
-    unit = problem.gram.diagonal(dim1=1, dim2=2).mean() * scale.square().mean()
+    unit = problem.gram.diagonal.mean() * scale.square().mean()
     for step in range(steps):
         upness = (torch.sigmoid(logits) * 1.2 - 0.1).clamp(0, 1)
         soft = (floor + upness).clamp(problem.qmin, problem.qmax)

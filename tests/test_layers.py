@@ -18,7 +18,7 @@ _NAMES = (
     "errors",
     "targets scratch",
     "records",
-    "quantizer graph ops store stages progress block_scales",
+    "quantizer gram graph ops store stages progress block_scales",
     "config runtime simplify qdq moments shadow",
     "allocate check preprocess plan objective",
     "rounding",
@@ -34,7 +34,9 @@ _NAMES = (
     "__main__",
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
-TORCH = {"shadow", "moments", "objective", "rounding", "reconstruct", "refine", "sensitivity"}
+TORCH = {
+    "gram", "shadow", "moments", "objective", "rounding", "reconstruct", "refine", "sensitivity"
+}  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 500, 60
 LONG_FUNCTIONS = {("__main__", "command")}  # one argument for each option of the command line
 

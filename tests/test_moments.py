@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_attnround import moments
 from onnx_attnround.moments import Moments, collect
 from onnx_attnround.ops import weight_matrix, weight_tensor
 from onnx_attnround.quantizer import code_dtype
@@ -129,7 +130,7 @@ def direct(case: Given, *, centred: bool) -> dict[str, Array]:
         v, e, out_e = v - mean_v[:, None], e - mean_e[:, None], out_e - out_e.mean(1)[:, None]
     return {
         "gram": v.swapaxes(1, 2) @ v / count,
-        "cross": e.swapaxes(1, 2) @ v / count,
+        "linear": out_e.swapaxes(1, 2) @ v / count,
         "mean_v": mean_v,
         "mean_e": mean_e,
         "power": (out_e**2).mean(1),
@@ -137,19 +138,32 @@ def direct(case: Given, *, centred: bool) -> dict[str, Array]:
     }
 
 
+def part(moments: Moments, name: str) -> Array:
+    """One of the moments; the Gram matrix in full."""
+    if name == "gram":
+        groups, depth = moments.mean_v.shape
+        return moments.gram.times(torch.eye(depth).expand(groups, depth, depth)).numpy()
+    return getattr(moments, name).numpy()
+
+
 def assert_close(moments: Moments, expected: dict[str, Array], tolerance: float) -> None:
     for name, want in expected.items():
-        got = getattr(moments, name).numpy()
+        got = part(moments, name)
         assert got.shape == want.shape, name
         np.testing.assert_allclose(
             got, want, rtol=tolerance, atol=tolerance * np.abs(want).max(), err_msg=name
         )
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 @pytest.mark.parametrize("name", CASES)
-def test_equal_what_they_are_defined_as(name: str, bits: int, centred: bool) -> None:
+def test_equal_what_they_are_defined_as(
+    name: str, bits: int, centred: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wide:
+        monkeypatch.setattr(moments, "WIDE", 0)
     case = given_case(name, bits)
     assert_close(case.collect(centred=centred), direct(case, centred=centred), 3e-5)
 
@@ -176,8 +190,8 @@ def large() -> Given:
 def test_sampled_positions_depend_on_the_samples_index_alone(large: Given) -> None:
     once = large.collect()
     exact = direct(large, centred=False)
-    assert not np.allclose(once.gram, exact["gram"], rtol=1e-4)
-    reference = {name: getattr(once, name).numpy() for name in exact}
+    assert not np.allclose(part(once, "gram"), exact["gram"], rtol=1e-4)
+    reference = {name: part(once, name) for name in exact}
     for batch in (1, 3, 16):
         assert_close(large.collect(batch), reference, 3e-5)
 
@@ -196,7 +210,7 @@ def test_inputs_are_left_as_they_are() -> None:
     again = case.collect()
     np.testing.assert_array_equal(case.x, x)
     np.testing.assert_array_equal(case.v, v)
-    np.testing.assert_array_equal(frozen.gram, again.gram)
+    np.testing.assert_array_equal(part(frozen, "gram"), part(again, "gram"))
 
 
 @settings(deadline=None, max_examples=25)
@@ -214,11 +228,11 @@ def test_centring_is_the_best_bias(name: str, seed: int, other: float) -> None:
     delta = 0.3 * rng.normal(size=weight.shape)
     x, v = case.patches
     errors = x @ weight.swapaxes(1, 2) - v @ (weight + delta).swapaxes(1, 2)
-    gram, cross, power, mean_v, mean_e = (
-        getattr(moments, part).numpy().astype(np.float64)
-        for part in ("gram", "cross", "power", "mean_v", "mean_e")
+    gram, linear, power, mean_v, mean_e = (
+        part(moments, name).astype(np.float64)
+        for name in ("gram", "linear", "power", "mean_v", "mean_e")
     )
-    loss = (delta * (delta @ gram - 2 * weight @ cross)).sum(-1) + power
+    loss = (delta * (delta @ gram - 2 * linear)).sum(-1) + power
     bias = (weight @ mean_e[..., None] - delta @ mean_v[..., None])[..., 0]
     scale = (errors**2).mean()
     np.testing.assert_allclose(bias, errors.mean(1), atol=1e-5 * np.sqrt(scale))

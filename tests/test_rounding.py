@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_attnround import rounding
+from onnx_attnround.gram import dense, identity
 from onnx_attnround.moments import Moments
 from onnx_attnround.objective import (
     RIDGE,
@@ -68,8 +69,8 @@ def problem_of(
     x, v = x.double(), v.double()
     e, count = x - v, x.shape[1]
     moments = Moments(
-        gram=(v.mT @ v / count).float(),
-        cross=(e.mT @ v / count).float(),
+        gram=dense((v.mT @ v / count).float()),
+        linear=(weight.double() @ (e.mT @ v) / count).float(),
         mean_v=v.mean(1).float(),
         mean_e=e.mean(1).float(),
         power=(e @ weight.double().mT).square().mean(1).float(),
@@ -248,7 +249,7 @@ def test_descent_never_costs_and_ends_where_no_move_gains(problem: Problem, seed
         if torch.equal(codes, last):
             break
     loss = problem.direct(codes, scale)
-    stiffness = (target.gram.diagonal(dim1=1, dim2=2)[:, None] * scale.square()).mean(-1)
+    stiffness = (target.gram.diagonal[:, None] * scale.square()).mean(-1)
     for at, level in itertools.product(
         range(codes.shape[-1]), range(target.qmin, target.qmax + 1, 1 if target.qmax < 8 else 5)
     ):
@@ -374,7 +375,7 @@ def first_codes(position: float, count: int, bits: int = 4) -> torch.Tensor:
     spec = spec_of(bits)
     target = Recorder(
         weight=torch.full((1, 1, count), position),
-        gram=torch.eye(count)[None],
+        gram=identity(1, count),
         linear=torch.zeros(1, 1, count),
         constant=torch.zeros(1, 1),
         scale_floor=torch.full((1, 1), TINY),

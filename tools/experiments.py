@@ -79,7 +79,9 @@ def compare_rounding(options: argparse.Namespace, bits: float) -> None:
 
 def _optimum(problem: Objective) -> torch.Tensor:
     """The loss of the best real-valued weight, ``[g, o]``."""
-    best = torch.linalg.solve(problem.gram, problem.linear.transpose(1, 2)).transpose(1, 2)
+    groups, _, depth = problem.weight.shape
+    gram = problem.gram.times(torch.eye(depth).expand(groups, depth, depth))
+    best = torch.linalg.solve(gram, problem.linear.transpose(1, 2)).transpose(1, 2)
     return problem.constant - (best * problem.linear).sum(-1)
 
 
