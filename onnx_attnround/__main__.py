@@ -215,6 +215,14 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
     threads: Annotated[
         int | None, _setting("threads", "CPU threads. Default: all cores.", panel=_OUT)
     ] = None,
+    memory_limit: Annotated[
+        str | None,
+        _setting(
+            "memory_limit",
+            "Memory of the process, such as 4GB: fewer samples at a time, more on disk.",
+            panel=_OUT,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,6 +55,7 @@ class QuantConfig(BaseModel):
     custom_op_library: tuple[str, ...] = ()
     threads: Annotated[int, Field(ge=1)] | None = None
     activation_memory_mb: Annotated[int, Field(ge=1)] = 256
+    memory_limit: Annotated[int, Field(ge=1)] | None = None
     work_dir: Path | None = None
     min_sqnr: Finite | None = None
     max_drop: Finite | None = None
@@ -71,6 +73,17 @@ class QuantConfig(BaseModel):
     @field_serializer("target")
     def _plain_target(self, value: str | Target) -> str | dict[str, Any]:
         return value if isinstance(value, str) else value.plain()
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        """Bytes, from a number of them or a text such as 800MB or 4GB (decimal)."""
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.strip().upper())
+        if found is None:
+            raise ValueError("expected a size such as 800MB or 4GB")
+        return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
     @field_validator("bit_choices")
     @classmethod

@@ -27,8 +27,8 @@ from onnx_attnround.records import Array, LayerPlan, QuantParams
 GOLDEN = 0.6180339887498949
 POSITIONS_PER_INPUT = 32  # patches sampled, per entry of a patch ...
 MIN_POSITIONS = 16384  # ... and at least
-WIDE = 4608  # inputs beyond which patches are kept, and not all of their products ...
-WIDE_PATCHES = 4096  # ... of so many patches
+WIDE = 8192  # inputs beyond which patches are kept, and not all of their products ...
+WIDE_PATCHES = 8192  # ... of so many patches
 MANY_INPUTS = 128  # from here on products take so long that bfloat16 pays
 
 
@@ -118,10 +118,14 @@ def _tensor(values: Array) -> torch.Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
+def wanted_patches(depth: int) -> int:
+    """How many patches of ``depth`` entries are looked at, where there are as many."""
+    return WIDE_PATCHES if depth > WIDE else max(MIN_POSITIONS, POSITIONS_PER_INPUT * depth)
+
+
 def _positions(samples: int, positions: int, seen: int, count: int, depth: int) -> torch.Tensor:
     """Flat positions ``[samples, p]``: all of them, or a low-discrepancy subset."""
-    wanted = WIDE_PATCHES if depth > WIDE else max(MIN_POSITIONS, POSITIONS_PER_INPUT * depth)
-    per_sample = -(-wanted // max(count, 1))
+    per_sample = -(-wanted_patches(depth) // max(count, 1))
     if per_sample >= positions:
         return torch.arange(positions).expand(samples, positions)
     running = np.arange(seen * per_sample, (seen + samples) * per_sample, dtype=np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from onnx_attnround.checkpoint import TAKEN, Checkpoint, check_work_dir, open_ch
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import GateError, ModelError, OutputError
 from onnx_attnround.intake import check_samples, open_calibration, open_evaluation
+from onnx_attnround.memory import within_limit
 from onnx_attnround.narrow import part_inputs
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan as plan_model
@@ -33,7 +34,7 @@ from onnx_attnround.records import (
     QuantParams,
     QuantPlan,
 )
-from onnx_attnround.runtime import custom_ops, open_session
+from onnx_attnround.runtime import custom_ops, lean_sessions, open_session
 from onnx_attnround.samples import Samples, open_samples
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import get_target
@@ -173,7 +174,8 @@ class Run:
         """Time a stage, and announce it."""
         start = time.perf_counter()
         self.on_event(Event(stage=name, done=0, total=1))
-        with custom_ops(self.config.custom_op_library):
+        lean = self.config.memory_limit is not None
+        with custom_ops(self.config.custom_op_library), lean_sessions(lean):
             yield
         self.seconds[name] = time.perf_counter() - start
 
@@ -216,6 +218,8 @@ def prepare(run: Run, given: Loaded) -> Prepared:
         run.notes += changes
     with run.stage("plan"):
         simplified, plan = _plan(simplified, run.config, quantise_activations=samples is not None)
+        given = _within_limit(run, given, simplified, plan)
+        samples = given.samples
     with run.stage("calibrate"):
         ranges = _calibrate(run, simplified, plan, samples)
     errors = _measure(run, simplified, plan, samples)
@@ -224,7 +228,9 @@ def prepare(run: Run, given: Loaded) -> Prepared:
 
 def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeResult:
     """The stages from the bits of ``run.config`` on; raises ``GateError`` as :func:`quantize`."""
-    config, plan = run.config, prepared.plan
+    plan = prepared.plan
+    _within_limit(run, prepared.given, prepared.simplified, plan)
+    config = run.config
     allocation = _allocate(prepared.simplified, plan, config, prepared.errors)
     with run.stage("round"):
         roundings = _round(run, prepared, allocation)
@@ -280,6 +286,20 @@ def _plan(
     if parted is not model:
         plan = plan_model(parted, config, quantise_activations=True)
     return parted, plan
+
+
+def _within_limit(run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan) -> Loaded:
+    """Let the run take no more memory than its limit; the samples in batches as that allows."""
+    if (limit := run.config.memory_limit) is None:
+        return given
+    models = given.original, simplified
+    run.config = within_limit(limit, run.config, models, plan, given.judged_on)
+    most = run.config.batch_size
+    return replace(
+        given,
+        samples=given.samples and given.samples.at_most(most),
+        evaluation=given.evaluation and given.evaluation.at_most(most),
+    )
 
 
 def _allocate(
@@ -437,7 +457,7 @@ def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocat
         version = "unknown"
     model.metadata_props["onnx_attnround.version"] = version
     model.metadata_props["onnx_attnround.config"] = config.model_dump_json(
-        exclude={"custom_op_library", "work_dir"}  # paths of the machine that it was made on
+        exclude={"custom_op_library", "work_dir", "memory_limit"}  # of the machine it was made on
     )
     model.metadata_props["onnx_attnround.bits"] = " ".join(
         f"{node}={bits}" for node, bits in allocation.bits.items()

@@ -25,6 +25,7 @@ _FATAL = 4  # errors come as exceptions, so the log need not tell them too
 _UNKNOWN_OP = "is not a registered function/op"  # in the words of ONNX Runtime
 ort.set_default_logger_severity(_FATAL)
 
+_lean: ContextVar[bool] = ContextVar("_lean", default=False)
 _libraries: ContextVar[tuple[str, ...]] = ContextVar("_libraries", default=())
 
 
@@ -48,6 +49,16 @@ def custom_ops(libraries: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _libraries.reset(token)
+
+
+@contextmanager
+def lean_sessions(lean: bool) -> Iterator[None]:
+    """If ``lean``, every session opened within is one as for a large model."""
+    token = _lean.set(lean)
+    try:
+        yield
+    finally:
+        _lean.reset(token)
 
 
 def open_session(
@@ -82,7 +93,7 @@ def open_session(
     try:
         if isinstance(model, Path):
             return _session(str(model), options)
-        if parameters(model) > LARGE:
+        if _lean.get() or parameters(model) > LARGE:
             return _large_session(model, options)
         return _session(b"".join(serialised(model)), options)
     except AttnRoundError:

@@ -23,7 +23,7 @@ _NAMES = (
     "allocate check preprocess plan objective",
     "rounding",
     "samples narrow",
-    "calibrate intake walk verify",
+    "calibrate intake memory walk verify",
     "blocks checkpoint",
     "reconstruct",
     "refine sensitivity",

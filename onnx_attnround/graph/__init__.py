@@ -19,7 +19,7 @@ from onnx_attnround.graph.editing import (
     through_proto,
     with_outputs,
 )
-from onnx_attnround.graph.files import in_files
+from onnx_attnround.graph.files import constants, in_files
 from onnx_attnround.graph.loading import load
 from onnx_attnround.graph.opset import least_ir_version, raise_opset
 from onnx_attnround.graph.saving import (
@@ -33,6 +33,7 @@ from onnx_attnround.graph.saving import (
 
 __all__ = [
     "check_output",
+    "constants",
     "copy_signature",
     "digest_of",
     "fits_inline",

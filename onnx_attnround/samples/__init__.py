@@ -35,7 +35,14 @@ class Samples:
         """``parts`` gives the matched feeds anew at each call, of which ``limit`` rows are used."""
         self._parts = parts
         self._limit = limit
+        self._most: int | None = None
         self.count = self._usable()
+
+    def at_most(self, batch_size: int) -> Samples:
+        """The same samples, whose batches hold no more than ``batch_size``, if that is free."""
+        result = Samples(self._parts, self._limit)
+        result._most = batch_size
+        return result
 
     def batches(self, batch_size: int) -> Iterator[Feeds]:
         """Feeds for the model, stacked on axis 0, each input in the model's own dtype.
@@ -46,7 +53,7 @@ class Samples:
         """
         for (static, _), group in groupby(self._limited(), key=lambda part: part.key):
             first = next(group)
-            size = static or batch_size
+            size = static or min(batch_size, self._most or batch_size)
             fixed = {name: next(stream.blocks(None)) for name, stream in first.fixed.items()}
             if not first.rows:
                 yield fixed
