@@ -22,7 +22,7 @@ def open_calibration(
     source: Path | None,
     calibration: object,
     model: ir.Model,
-    preprocess: Preprocess | None,
+    preprocess: Preprocess | str | None,
     config: QuantConfig,
     notes: list[str],
 ) -> Samples | None:
@@ -50,7 +50,7 @@ def open_calibration(
 
 
 def open_evaluation(
-    path: Path | str | None, model: ir.Model, preprocess: Preprocess | None
+    path: Path | str | None, model: ir.Model, preprocess: Preprocess | str | None
 ) -> tuple[Samples | None, Array | None]:
     """The samples to verify on and their labels, where there are any."""
     if path is None:

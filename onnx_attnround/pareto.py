@@ -15,7 +15,16 @@ import onnx_ir as ir
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ConfigError, GateError
 from onnx_attnround.graph import check_output
-from onnx_attnround.pipeline import OnEvent, Prepared, QuantizeResult, Run, finish, load, prepare
+from onnx_attnround.pipeline import (
+    OnEvent,
+    Prepared,
+    QuantizeResult,
+    Run,
+    finish,
+    load,
+    prepare,
+    source_of,
+)
 from onnx_attnround.preprocess import Preprocess
 from onnx_attnround.verify import REMEDY, Verification, missed_gates
 
@@ -66,7 +75,7 @@ def trade_off(
     mean_bits: Sequence[float],
     output: Path | str | None = None,
     evaluation: Path | str | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | str | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> tuple[Point, ...]:
     """Do what ``quantize`` does for each of ``mean_bits``, sharing what they have in common.
@@ -78,7 +87,7 @@ def trade_off(
     all points as its ``result``.
     """
     configs = with_means(config or QuantConfig(), mean_bits)
-    source = None if isinstance(model, ir.Model) else Path(model)
+    source = source_of(model)
     outputs = [None if output is None else point_path(output, mean) for mean in mean_bits]
     for path in filter(None, outputs):
         check_output(path, source)

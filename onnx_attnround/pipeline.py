@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from os import PathLike
 from pathlib import Path
 
 import onnx_ir as ir
@@ -86,7 +87,7 @@ def quantize(
     *,
     output: Path | str | None = None,
     evaluation: Path | str | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | str | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> QuantizeResult:
     """Quantise a float model to standard QDQ, verify it, and write it to ``output``.
@@ -95,6 +96,7 @@ def quantize(
     array, a mapping of input names to arrays. Without it, an ONNX
     ``test_data_set_*`` beside the model is used; else only weights are quantised,
     to nearest. ``evaluation`` are samples to verify on, with ``labels`` for top-1.
+    ``preprocess`` turns images into inputs: a name or a file, as for ``--preprocess``.
 
     Raises an :class:`AttnRoundError` (``errors.py``) on any bad input; a missed
     gate raises ``GateError`` with the result as its ``result``, and leaves no file.
@@ -102,7 +104,7 @@ def quantize(
     config = config or QuantConfig()
     run = Run(config, on_event)
     if output is not None:
-        graph.check_output(Path(output), _path(model))
+        graph.check_output(Path(output), source_of(model))
     given = load(run, model, calibration, evaluation, preprocess)
     result = finish(run, prepare(run, given), output)
     run.checkpoint.remove()
@@ -114,7 +116,7 @@ def check_model(
     config: QuantConfig | None = None,
     calibration: object = None,
     *,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | str | None = None,
 ) -> Checked:
     """Check a quantised model of any origin against the rules of ``config.target``.
 
@@ -185,10 +187,10 @@ def load(
     model: Path | str | ir.Model,
     calibration: object,
     evaluation: Path | str | None,
-    preprocess: Preprocess | None,
+    preprocess: Preprocess | str | None,
 ) -> Loaded:
     """Open model and samples, and judge whether they are what the config needs."""
-    source = _path(model)
+    source = source_of(model)
     if run.config.work_dir is not None:
         check_work_dir(run.config.work_dir)
     with run.stage("load"):
@@ -269,12 +271,23 @@ def _taken(run: Run) -> Iterator[str]:
         yield f"results taken from '{run.config.work_dir}': {found}"
 
 
-def _path(model: Path | str | ir.Model) -> Path | None:
-    return None if isinstance(model, ir.Model) else Path(model)
+def source_of(model: Path | str | ir.Model) -> Path | None:
+    """The file of the model, ``None`` if it is in memory; ``ModelError`` for anything else."""
+    if isinstance(model, ir.Model):
+        return None
+    if not isinstance(model, str | PathLike):
+        raise ModelError(
+            f"the model is of type {type(model).__name__}, expected a path or an onnx_ir.Model; "
+            "onnx_ir.from_proto makes one of an onnx.ModelProto"
+        )
+    return Path(model)
 
 
 def _load(model: Path | str | ir.Model) -> ir.Model:
-    return model if isinstance(model, ir.Model) else graph.load(Path(model))
+    if isinstance(model, ir.Model):
+        return model
+    source_of(model)  # judges the type
+    return graph.load(Path(model))
 
 
 def _plan(

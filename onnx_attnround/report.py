@@ -342,7 +342,7 @@ def _comparison(verification: Verification, *, elsewhere: bool) -> Table:
         "size",
         _size(verification.float_bytes),
         _size(verification.quantised_bytes),
-        f"{verification.float_bytes / verification.quantised_bytes:.2f}x smaller",
+        _times(verification.float_bytes / verification.quantised_bytes),
     )
     _add_latency(table, verification.latency, " in ONNX Runtime here" if elsewhere else "")
     return table
@@ -374,6 +374,11 @@ def _size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count} B"
+
+
+def _times(shrunk: float) -> str:
+    """By how much a file of a ``shrunk``-th of the bytes is smaller, or larger."""
+    return f"{shrunk:.2f}x smaller" if shrunk >= 1 else f"{1 / shrunk:.2f}x larger"
 
 
 def _fusion_lines(fusion: Fusion, skipped: Mapping[str, str]) -> Iterable[str]:

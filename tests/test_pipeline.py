@@ -368,6 +368,7 @@ def test_what_is_wrong_is_found_before_any_slow_work(tmp_path: Path) -> None:
         (CalibrationError, "nowhere", {"evaluation": tmp_path / "nowhere.npz"}),
         (ConfigError, "matches no node", {"config": config(layer_bits={"no_such_node": 4})}),
         (ConfigError, "matches no node", {"config": config(include=["no_such_node"])}),
+        (ModelError, "of type ModelProto, expected a path", {"model": onnx.ModelProto()}),
         (ModelError, "nothing to quantise", {"config": config(exclude=["*"])}),
     ]
     for kind, words, changes in faults:

@@ -269,6 +269,13 @@ def test_a_dry_run_tells_why_layers_have_no_blocks(result: QuantizeResult) -> No
     assert "head                 Conv takes one scale per channel" in printed
 
 
+def test_a_file_that_grew_is_called_larger(result: QuantizeResult) -> None:
+    assert result.verification is not None
+    grown = replace(result, verification=replace(result.verification, float_bytes=500_000))
+    printed = text(console(grown, output=None, verbose=False))
+    assert row(printed, "size") == ["500.00", "kB", "1.00", "MB", "2.00x", "larger"]
+
+
 def test_the_console_lists_layers_if_verbose(result: QuantizeResult) -> None:
     printed = text(console(result, output=None, verbose=True))
     assert row(printed, "/body/conv[0]") == [

@@ -184,7 +184,7 @@ def test_uint8_image_arrays(tmp_path: Path) -> None:
     model = [spec(shape=(None, 3, 6, 4))]
     expected = PREPROCESS["cifar10"].apply_batch(images)
     for source in (tmp_path / "i.npz", images, {"x": images}, [{"x": image} for image in images]):
-        samples = open_samples(source, model, preprocess=PREPROCESS["cifar10"])
+        samples = open_samples(source, model, preprocess="cifar10")
         np.testing.assert_array_equal(joined(samples, 2), expected)
     raw = open_samples(tmp_path / "i.npz", [spec(shape=(None, 6, 4, 3), dtype=np.uint8)])
     np.testing.assert_array_equal(joined(raw), images)

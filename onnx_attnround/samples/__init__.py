@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_attnround.errors import CalibrationError
-from onnx_attnround.preprocess import Preprocess
+from onnx_attnround.preprocess import Preprocess, load_preprocess
 from onnx_attnround.records import Array, InputSpec
 from onnx_attnround.samples.parts import Part, part_of
 from onnx_attnround.samples.sources import feeds_of
@@ -98,7 +98,7 @@ def open_samples(
     inputs: Sequence[InputSpec],
     *,
     limit: int | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | str | None = None,
 ) -> Samples:
     """Open calibration or evaluation samples in any supported form.
 
@@ -107,16 +107,18 @@ def open_samples(
     ``test_data_set_*`` folder or a folder of such), an array (model with one
     input), a mapping of input names to arrays, or an iterable of such mappings
     that can be iterated again. Arrays hold one sample or a batch of them. Only
-    the first ``limit`` samples are used. ``preprocess`` is applied to uint8
-    images that feed a float input. In a folder or iterable, a feed whose inputs
+    the first ``limit`` samples are used. ``preprocess``, or that of the name or file, is
+    applied to uint8 images that feed a float input. In a folder or iterable, a feed whose inputs
     cannot be stacked sample by sample is fed as it is and counts as one.
 
-    Raises ``CalibrationError`` if the samples cannot be read or do not fit ``inputs``.
+    Raises ``CalibrationError`` if the samples cannot be read or do not fit ``inputs``,
+    ``ConfigError`` for an unknown ``preprocess``.
     """
     if not inputs:
         raise CalibrationError("the model has no inputs: there is nothing to calibrate with")
-    feeds = feeds_of(source, inputs, preprocess)
-    return Samples(lambda: (part_of(feed, inputs, preprocess) for feed in feeds()), limit)
+    chosen = load_preprocess(preprocess) if isinstance(preprocess, str) else preprocess
+    feeds = feeds_of(source, inputs, chosen)
+    return Samples(lambda: (part_of(feed, inputs, chosen) for feed in feeds()), limit)
 
 
 def read_labels(path: str | Path) -> Array:
