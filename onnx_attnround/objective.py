@@ -67,7 +67,7 @@ class Objective:
     def blocks(self) -> Iterator[slice]:
         """The inputs that share a scale."""
         depth = self.weight.shape[-1]
-        width = self.block_size or max(depth, 1)
+        width = self.block_size or depth
         return (slice(start, min(start + width, depth)) for start in range(0, depth, width))
 
     def per_block(self, values: torch.Tensor) -> torch.Tensor:

@@ -240,6 +240,7 @@ def test_a_relu_behind_a_layer_does_not_part_it_from_its_kernel(
     config = QuantConfig(weight_bits=4, first_last_bits=4, block_size=block)
     result = quantize(model, config=config)
     assert kernels(result.model, tmp_path) == {"MatMulNBits4": 4}
+    assert list(result.checked.fusion.weight_only.values()) == ["MatMulNBits"] * 4
     assert [n.op_type for n in result.model.graph if n.op_type in ("Max", "Relu")] == [
         "Max", "Max", "Max", "Relu"
     ]  # fmt: skip

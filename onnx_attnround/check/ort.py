@@ -5,8 +5,6 @@ Each rule was tried on ONNX Runtime 1.31.1 (docs/targets.md).
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from onnx_attnround.check.rules import COMMON, Found, Rule
 from onnx_attnround.check.view import View
 
@@ -32,20 +30,19 @@ def two_bits_under_integer_activations(view: View) -> Found:
 def two_bits_that_fill_no_bytes(view: View) -> Found:
     """Under a float input 2-bit weights become MatMulNBits, as if each row began a byte."""
     for layer in view.layers:
-        data = None if layer.weight is None else layer.weight.node.inputs[0]
-        if layer.quantised or layer.node.op_type not in ("MatMul", "Gemm") or data is None:
+        matrix = layer.node.op_type in ("Gemm", "MatMul")
+        if layer.quantised or layer.weight is None or not matrix:
             continue
-        columns = data.shape[-1] if data.shape is not None and len(data.shape) == 2 else 0
-        two = layer.weight is not None and layer.weight.codes.name in _TWO_BITS
-        if two and not _transposed(layer.node) and isinstance(columns, int) and columns % 4:
+        fused = layer.weight.codes.name in _TWO_BITS and not layer.node.attributes.get_int(
+            "transB", 0
+        )
+        shape = layer.node.inputs[1].shape if layer.node.inputs[1] is not None else None
+        columns = shape[-1] if shape else 0
+        if fused and isinstance(columns, int) and columns % 4:
             yield layer.name, (
                 f"2-bit weights with {columns} columns give a wrong output: their number must be "
                 "a multiple of 4; store them in 4 bits"
             )
-
-
-def _transposed(node: ir.Node) -> bool:
-    return node.attributes.get_int("transB", 0) != 0
 
 
 def blocks_of_eight_bits_under_integer_activations(view: View) -> Found:
