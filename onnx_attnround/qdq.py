@@ -306,12 +306,9 @@ class _Writer:
     def _part_from_relu(self, node: ir.Node) -> None:
         """Max with 0 in place of a Relu behind a matrix with low-bit weights and a float input.
 
-        ONNX Runtime makes no MatMulNBits of a matrix before a Relu that one node reads. It
-        takes the Add of a bias into the matrix before.
+        ONNX Runtime makes no MatMulNBits of a matrix before a Relu that one node reads.
         """
         relu = _only_reader(node)
-        if relu is not None and relu.op_type == "Add":
-            relu = _only_reader(relu)
         if relu is None or relu.op_type != "Relu" or _only_reader(relu) is None:
             return
         if node.op_type in ("Gemm", "MatMul"):
