@@ -132,9 +132,10 @@ def check_console(checked: Checked) -> RenderableType:
     for found in checked.findings:
         table.add_row("refused" if found.refused else "slow", found.node, found.rule, found.why)
     parts: list[RenderableType] = [table] if checked.findings else []
-    parts += _fusion_lines(checked.fusion, {})
+    if checked.loads:
+        parts += _fusion_lines(checked.fusion, {})
     parts += _release_line(checked)
-    if not checked.ran:
+    if checked.loads and not checked.ran:
         parts.append("not run: the runtime is not here, or shapes are unknown (give --calib)")
     if not checked.findings:
         parts.append(f"no rule of target '{checked.target}' is broken")

@@ -300,6 +300,10 @@ def test_the_check_is_printed_and_written(result: QuantizeResult, tmp_path: Path
     printed = text(check_console(clean))
     assert "no rule of target 'ort' is broken" in printed
     assert "not run" in printed
+    broken = Finding(rule="does-not-load", node="(model)", why="no kernel", refused=True)
+    printed = text(check_console(replace(clean, findings=(broken,))))
+    assert "no kernel" in printed
+    assert "run in integer" not in printed and "not run" not in printed
     write_check(tmp_path / "check.json", result.checked)
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["check"] == report_dict(result, QuantConfig())["check"]

@@ -23,6 +23,8 @@ from onnx_attnround.targets import Runtime, Target
 
 __all__ = ["RULES", "Checked", "Finding", "Fusion", "Rule", "check"]
 
+DOES_NOT_LOAD = "does-not-load"
+
 RULES: dict[Runtime, tuple[Rule, ...]] = {
     "onnxruntime": ort.RULES,
     "openvino": openvino.RULES,
@@ -47,6 +49,11 @@ class Checked:
     ran: bool
 
     @property
+    def loads(self) -> bool:
+        """Whether the runtime, where it is here, did not fail to load the file."""
+        return all(finding.rule != DOES_NOT_LOAD for finding in self.findings)
+
+    @property
     def refused(self) -> tuple[Finding, ...]:
         """The findings for which the runtime refuses the file, or computes something else."""
         return tuple(finding for finding in self.findings if finding.refused)
@@ -67,7 +74,7 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
         fusion = find_fusion(view)
     except ModelError as error:
         runs, fusion = False, expected_fusion(view)
-        findings += (Finding(rule="does-not-load", node="(model)", why=str(error), refused=True),)
+        findings += (Finding(rule=DOES_NOT_LOAD, node="(model)", why=str(error), refused=True),)
     given = feed or made_up_feed(model)
     if runs and given is not None:
         findings += tuple(find_faults(view, given))
