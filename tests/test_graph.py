@@ -118,6 +118,27 @@ def test_load_words_the_checker_in_one_line_with_the_node(tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_load_puts_nodes_in_order_as_onnx_runtime_does(tmp_path: Path) -> None:
+    proto = build_proto("""g (float[N,4] x, bool c) => (float[N,4] y) {
+        a = Relu(x)
+        b = Neg(a)
+        y = If (c) <
+            then_branch = t () => (float[N,4] p) { p = Exp(b) },
+            else_branch = e () => (float[N,4] q) { q = Abs(b) }>
+    }""")
+    nodes = list(reversed(proto.graph.node))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    path = tmp_path / "in.onnx"
+    path.write_bytes(proto.SerializeToString())
+    feed = {"x": np.ones((2, 4), np.float32), "c": np.array(True)}
+    model = graph.load(path)
+    assert [node.op_type for node in model.graph] == ["Relu", "Neg", "If"]
+    np.testing.assert_array_equal(
+        run(model, feed)[0], ort.InferenceSession(path).run(None, feed)[0]
+    )
+
+
 def test_load_refuses_sparse_weights(tmp_path: Path) -> None:
     model = build_proto(SMALL)
     weight = model.graph.initializer.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import onnx
@@ -68,9 +69,10 @@ def parse(path: Path) -> onnx.ModelProto:
 
 
 def _check(proto: onnx.ModelProto, path: Path) -> None:
-    """The check of onnx, but that exporters leave out the shape of some inputs and outputs.
+    """The check of onnx, but for two faults of exporters and converters that runtimes forgive.
 
-    Which of them need one, ``input_specs`` says.
+    Some inputs and outputs may have no shape (which need one, ``input_specs`` says), and
+    nodes may stand before those whose outputs they read: ``proto`` then gets them in order.
     """
     ends = (*proto.graph.input, *proto.graph.output)
     tensors = [end.type.tensor_type for end in ends if end.type.HasField("tensor_type")]
@@ -78,7 +80,7 @@ def _check(proto: onnx.ModelProto, path: Path) -> None:
     external = any(
         tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer
     )
-    if not shapeless or external:
+    if external or not (_put_in_order(proto.graph) or shapeless):
         onnx.checker.check_model(str(path))
         return
     for tensor in shapeless:
@@ -86,6 +88,34 @@ def _check(proto: onnx.ModelProto, path: Path) -> None:
     onnx.checker.check_model(proto)
     for tensor in shapeless:
         tensor.ClearField("shape")
+
+
+def _put_in_order(graph: onnx.GraphProto) -> bool:
+    """Move nodes behind those whose outputs they read; whether that was needed and can be."""
+    maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    read = {
+        i: {maker[name] for name in _reads(node) if name in maker}
+        for i, node in enumerate(graph.node)
+    }
+    if all(max(makers, default=-1) < i for i, makers in read.items()):
+        return False
+    try:
+        order = list(TopologicalSorter(read).static_order())
+    except CycleError:
+        return False
+    nodes = [onnx.NodeProto.FromString(graph.node[i].SerializeToString()) for i in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return True
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """What the node reads, and what the nodes in its subgraphs do."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from _reads(inner)
 
 
 def _inline_tensors(model: ir.Model) -> Iterator[ir.TensorProtoTensor]:
