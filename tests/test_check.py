@@ -363,6 +363,12 @@ def test_signed_and_unsigned_do_not_mix_on_arm(model: Callable[[], ir.Model], wh
     assert why in fallen(model(), TARGETS["ort-arm"])["y"]
 
 
+def test_signed_activations_are_told_where_x86_does_not_fuse_them() -> None:
+    model = residual("shortcut", "main")
+    assert "its input is INT8, which fuses on ARM" in fallen(model, TARGETS["ort"])["d"]
+    assert "d" not in fallen(model, TARGETS["ort-arm"])
+
+
 def test_a_node_that_the_runtime_renames_is_found() -> None:
     made = Builder()
     made.node("MatMul", [made.qdq("x", "in"), made.weight("w", (4, 4), axis=1)], "p")

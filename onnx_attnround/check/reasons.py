@@ -97,10 +97,20 @@ def _unabsorbed(view: View, layer: Layer, link: Link) -> str | None:
     return None
 
 
+def _signed_on_x86(view: View, layer: Layer) -> str | None:
+    """ONNX Runtime makes some INT8 activations UINT8 there, and fuses no layer between the two."""
+    signed = layer.x is not None and layer.x.codes.name == "INT8"
+    if signed and not view.target.activation_signed:
+        return "its input is INT8, which fuses on ARM (ort-arm), on x86-64 in part: make it UINT8"
+    return None
+
+
 _OPERANDS: tuple[Reason, ...] = (_op, _float_operands, _wide_activations)
 
 REASONS: dict[Runtime, tuple[Reason, ...]] = {
-    "onnxruntime": (*_OPERANDS, _weight_type, _signs, _blocks, _bias, _gemm, _output),
+    "onnxruntime": (
+        *_OPERANDS, _weight_type, _signs, _blocks, _bias, _gemm, _output, _signed_on_x86
+    ),
     "openvino": (*_OPERANDS, _weight_type, _blocks),
     "tensorrt": (*_OPERANDS, _weight_type, _blocks),
     "qnn": (_op, _float_operands, _blocks),
