@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 LEAST_POWER = 1e-12  # that a ridge is a share of
+FEW_SAMPLES = 0.03  # ridge for as many samples as inputs; for fewer, more (docs/experiments.md)
 
 
 class Gram(ABC):
@@ -37,7 +38,7 @@ class Gram(ABC):
 
     @abstractmethod
     def ridged(self, share: float) -> Gram:
-        """With ``share`` of the mean power added to the diagonal."""
+        """With ``share`` of the mean power added to the diagonal, or what few samples ask for."""
 
     @abstractmethod
     def centred(self, mean: torch.Tensor) -> Gram:
@@ -106,6 +107,8 @@ class _Factored(Gram):
         return result
 
     def ridged(self, share: float) -> _Factored:
+        _, count, depth = self.rows.shape
+        share = max(share, FEW_SAMPLES * depth / count) if count else share
         ridge = share * self.diagonal.mean(-1).clamp_min(LEAST_POWER)
         return _Factored(self.rows, self.ridge + ridge)
 

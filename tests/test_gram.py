@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onnx_attnround.gram import dense, factored, identity
+from onnx_attnround.gram import FEW_SAMPLES, dense, factored, identity
 
 GROUPS, OUTPUTS, COUNT, DEPTH = 2, 3, 5, 7
 GENERATOR = torch.Generator().manual_seed(0)
@@ -48,6 +48,12 @@ def test_a_ridge_is_a_share_of_the_mean_power_and_leaves_the_matrix_as_it_is() -
     expected = 0.5 * before.diagonal(dim1=1, dim2=2).mean(-1)
     torch.testing.assert_close(added, expected[:, None].expand_as(added))
     assert torch.equal(MATRIX, before)
+
+
+def test_few_samples_ask_for_a_larger_ridge() -> None:
+    added = factored(SAMPLES).ridged(1e-4).diagonal - factored(SAMPLES).diagonal
+    expected = FEW_SAMPLES * DEPTH / COUNT * factored(SAMPLES).diagonal.mean(-1)
+    torch.testing.assert_close(added, expected[:, None].expand_as(added))
 
 
 def test_what_overflows_is_not_finite() -> None:
