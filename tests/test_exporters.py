@@ -93,7 +93,7 @@ def test_a_network_from_scikit_learn(tmp_path: Path) -> None:
         result = convert(
             proto, tmp_path, [{"X": x[:16]}], sqnr=sqnr, weight_bits=bits, first_last_bits=bits
         )
-        assert layers(result) == ["MatMul", "MatMul"]
+        assert layers(result) == ["Gemm", "Gemm"]
         assert result.verification is not None
         names = [output.name for output in result.verification.outputs]
         assert names == ["label", "probabilities"]
