@@ -13,6 +13,7 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.preprocess import Preprocess
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples, find_labels, open_samples
+from onnx_attnround.samples.streams import npz
 
 FEW_SAMPLES = 64
 """With half as many, calibration samples show 10 dB more SQNR than others of the sample models."""
@@ -50,13 +51,21 @@ def open_calibration(
 
 
 def open_evaluation(
-    path: Path | str | None, model: ir.Model, preprocess: Preprocess | str | None
+    path: Path | str | None,
+    model: ir.Model,
+    preprocess: Preprocess | str | None,
+    notes: list[str],
 ) -> tuple[Samples | None, Array | None]:
-    """The samples to verify on and their labels, where there are any."""
+    """The samples to verify on and their labels, where there are any; a note of arrays unread."""
     if path is None:
         return None, None
-    samples = open_samples(path, graph.input_specs(model), preprocess=preprocess)
-    return samples, find_labels(Path(path))
+    specs = graph.input_specs(model)
+    samples, labels = open_samples(path, specs, preprocess=preprocess), find_labels(Path(path))
+    if labels is None and Path(path).suffix == ".npz":
+        read = {"images", *(spec.name for spec in specs)}
+        if unread := [f"'{key}'" for key in npz(Path(path)) if key not in read]:
+            notes.append(f"no top-1: '{path}' has no 'labels'; not read: {', '.join(unread)}")
+    return samples, labels
 
 
 def check_samples(config: QuantConfig, samples: Samples | None, held_out: Samples | None) -> None:

@@ -198,7 +198,7 @@ def load(
         samples = open_calibration(
             source, calibration, original, preprocess, run.config, run.notes
         )
-        held_out, labels = open_evaluation(evaluation, original, preprocess)
+        held_out, labels = open_evaluation(evaluation, original, preprocess, run.notes)
         check_labels(labels, held_out, original)
         check_samples(run.config, samples, held_out)
         run.notes += run.config.idle()

@@ -269,6 +269,15 @@ def test_few_samples_are_told(count: int, few: bool, tmp_path: Path) -> None:
     )
 
 
+def test_labels_under_another_name_are_told(tmp_path: Path) -> None:
+    held_out = tmp_path / "eval.npz"
+    np.savez(held_out, x=small_feed(4), label=np.zeros(4, np.int64))
+    result = quantize(
+        save_small(tmp_path), small_feed(64), config(method="nearest"), evaluation=held_out
+    )
+    assert [note for note in result.notes if "no 'labels'; not read: 'label'" in note]
+
+
 def write_data_set(folder: Path, number: int) -> None:
     target = folder / f"test_data_set_{number}"
     target.mkdir()
