@@ -81,8 +81,8 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         Path | None,
         typer.Option(
             help="Calibration samples, unlabelled: .npz with input names as keys, .npy, an image, "
-            "a folder of these, or of ONNX test_data_set_*. Without: a test_data_set_* beside IN, "
-            "else weights only.",
+            "a folder of these, or of ONNX test_data_set_*. Without: test_data_set_* beside IN "
+            "with 16 samples or more, else weights only.",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -15,6 +15,9 @@ from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples, find_labels, open_samples
 from onnx_attnround.samples.streams import npz
 
+LEAST_BESIDE = 16
+"""Samples beside a model that are used unasked: zoos put one there, whose ranges fit no other."""
+
 FEW_SAMPLES = 64
 """With half as many, calibration samples show 10 dB more SQNR than others of the sample models."""
 
@@ -28,20 +31,24 @@ def open_calibration(
     notes: list[str],
 ) -> Samples | None:
     """The samples given, or those beside the model at ``source``; ``None`` with a note."""
-    if calibration is None and source is not None:
-        beside = sorted(source.parent.glob("test_data_set_*"))
-        if beside:
-            calibration = source.parent
-            notes.append(f"calibrating with the test_data_set_* beside '{source.name}'")
-    if calibration is None:
+    specs = graph.input_specs(model)
+    samples = None
+    if calibration is not None:
+        samples = open_samples(calibration, specs, limit=config.samples, preprocess=preprocess)
+    elif source is not None and any(source.parent.glob("test_data_set_*")):
+        samples = open_samples(source.parent, specs, limit=config.samples, preprocess=preprocess)
+        found = f"the test_data_set_* beside '{source.name}'"
+        if samples.count >= LEAST_BESIDE:
+            notes.append(f"calibrating with {found}")
+        else:
+            notes.append(f"not calibrating with {found}: {samples.count} samples are too few")
+            samples = None
+    if samples is None:
         notes.append(
             "no calibration samples: weights are rounded to nearest, activations stay float; "
             "give --calib for learned rounding and integer activations"
         )
         return None
-    samples = open_samples(
-        calibration, graph.input_specs(model), limit=config.samples, preprocess=preprocess
-    )
     if samples.count < FEW_SAMPLES:
         notes.append(
             f"{samples.count} calibration samples are few: ranges fit these and may cut off "

@@ -93,9 +93,10 @@ def quantize(
     """Quantise a float model to standard QDQ, verify it, and write it to ``output``.
 
     ``calibration`` is anything that ``samples.open_samples`` reads: a path, an
-    array, a mapping of input names to arrays. Without it, an ONNX
-    ``test_data_set_*`` beside the model is used; else only weights are quantised,
-    to nearest. ``evaluation`` are samples to verify on, with ``labels`` for top-1.
+    array, a mapping of input names to arrays. Without it, ONNX
+    ``test_data_set_*`` beside the model are used, if they hold 16 samples or more; else
+    only weights are quantised, to nearest. ``evaluation`` are samples to verify on, with
+    ``labels`` for top-1.
     ``preprocess`` turns images into inputs: a name or a file, as for ``--preprocess``.
 
     Raises an :class:`AttnRoundError` (``errors.py``) on any bad input; a missed

@@ -281,7 +281,7 @@ def test_labels_under_another_name_are_told(tmp_path: Path) -> None:
 def write_data_set(folder: Path, number: int) -> None:
     target = folder / f"test_data_set_{number}"
     target.mkdir()
-    tensor = onnx.numpy_helper.from_array(small_feed(4, number), "x")
+    tensor = onnx.numpy_helper.from_array(small_feed(8, number), "x")
     (target / "input_0.pb").write_bytes(tensor.SerializeToString())
 
 
@@ -291,13 +291,22 @@ def test_samples_beside_the_model_are_used(tmp_path: Path) -> None:
     write_data_set(tmp_path, 1)
     beside = quantize(path, config=config(weight_bits=4))
     assert [note for note in beside.notes if "test_data_set_*" in note and "chain.onnx" in note]
-    both = np.concatenate([small_feed(4, 0), small_feed(4, 1)])
+    both = np.concatenate([small_feed(8, 0), small_feed(8, 1)])
     given = quantize(path, both, config(weight_bits=4))
     assert not [note for note in given.notes if "test_data_set" in note]
     assert beside.verification is not None
-    assert beside.verification.samples == 8
+    assert beside.verification.samples == 16
     assert not beside.verification.held_out
     assert serialised(beside) == serialised(given)
+
+
+def test_too_few_samples_beside_the_model_are_used_only_when_asked_for(tmp_path: Path) -> None:
+    path = save_small(tmp_path)
+    write_data_set(tmp_path, 0)
+    unasked, asked = quantize(path), quantize(path, tmp_path)
+    assert "not calibrating with the test_data_set_*" in unasked.notes[0]
+    assert not unasked.plan.activations
+    assert asked.plan.activations
 
 
 def test_no_more_samples_than_asked_for(tmp_path: Path) -> None:
