@@ -44,6 +44,7 @@ from onnx_attnround.verify import (
     check_gates,
     check_labels,
     output_sqnr,
+    slower_note,
     verify,
 )
 
@@ -248,6 +249,8 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         checked = _check(quantised, plan, prepared.given.judged_on)
     with run.stage("verify"):
         verification = _verify(run, prepared, quantised)
+    if verification is not None and plan.target.runtime == "onnxruntime":
+        run.notes += slower_note(verification.latency, checked.fusion)
     result = QuantizeResult(
         model=quantised,
         plan=plan,

@@ -27,6 +27,7 @@ from onnx_attnround.errors import (
 )
 from onnx_attnround.records import Event
 from onnx_attnround.runtime import open_session
+from onnx_attnround.verify import Latency
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 RESNET, MOBILENET = MODELS / "digits_resnet.onnx", MODELS / "digits_mobilenet.onnx"
@@ -276,6 +277,32 @@ def test_labels_under_another_name_are_told(tmp_path: Path) -> None:
         save_small(tmp_path), small_feed(64), config(method="nearest"), evaluation=held_out
     )
     assert [note for note in result.notes if "no 'labels'; not read: 'label'" in note]
+
+
+@pytest.mark.parametrize(
+    ("act_bits", "spread", "words"),
+    [
+        (8, (0.4, 0.6), "0.50x at batch 4 on one thread: its layers are too small"),
+        (32, (0.4, 0.6), "0.50x at batch 4 on one thread: 3 of 3 layers compute in float"),
+        (8, (0.9, 1.1), None),
+    ],
+)
+def test_a_file_that_is_slower_says_so(
+    act_bits: int,
+    spread: tuple[float, float],
+    words: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(*given: Any) -> Latency:
+        return Latency(
+            batch=4, pairs=3, float_ms=1.0, quantised_ms=2.0, speedup=0.5, spread=spread
+        )
+
+    monkeypatch.setattr("onnx_attnround.verify.measure_speed", slow)
+    result = quantize(save_small(tmp_path), small_feed(64), config(act_bits=act_bits))
+    told = [note for note in result.notes if "slower" in note]
+    assert [words in note for note in told] == ([] if words is None else [True])
 
 
 def write_data_set(folder: Path, number: int) -> None:

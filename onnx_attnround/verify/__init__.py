@@ -19,7 +19,7 @@ from onnx_attnround.verify.compare import (
 from onnx_attnround.verify.gates import REMEDY, check_gates, missed_gates
 from onnx_attnround.verify.results import Accuracy, Latency, OutputComparison, Verification
 from onnx_attnround.verify.runs import BATCH, Step, open_pair
-from onnx_attnround.verify.speed import measure_speed, serialised_bytes
+from onnx_attnround.verify.speed import measure_speed, serialised_bytes, slower_note
 
 __all__ = [
     "REMEDY",
@@ -31,6 +31,7 @@ __all__ = [
     "check_labels",
     "missed_gates",
     "output_sqnr",
+    "slower_note",
     "verify",
 ]
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.check import Fusion
 from onnx_attnround.graph import serialised
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
@@ -33,6 +34,22 @@ def measure_speed(models: Models, samples: Samples) -> Latency:
         speedup=float(middle),
         spread=(float(low), float(high)),
     )
+
+
+def slower_note(latency: Latency, fusion: Fusion) -> list[str]:
+    """A note if a file for ONNX Runtime is slower there than the float model, beyond its spread."""
+    if latency.spread[1] >= 1:
+        return []
+    in_float = len(fusion.fallen) + len(fusion.weight_only)
+    why = (
+        f"{in_float} of {len(fusion.macs)} layers compute in float"
+        if in_float
+        else "its layers are too small to gain by integer kernels"
+    )
+    return [
+        f"slower than the float model here, {latency.speedup:.2f}x at batch {latency.batch} on one "
+        f"thread: {why}"
+    ]
 
 
 def serialised_bytes(model: ir.Model) -> int:
