@@ -540,3 +540,10 @@ def test_text_that_is_no_text_is_refused_with_protobuf_in_python_too(tmp_path: P
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "is not an ONNX file" in done.stdout
+
+
+def test_an_input_of_no_type_is_refused() -> None:
+    model = build("g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
+    model.graph.inputs[0].type = ir.TensorType(ir.DataType.UNDEFINED)
+    with pytest.raises(ModelError, match="input 'x' has type UNDEFINED"):
+        graph.input_specs(model)

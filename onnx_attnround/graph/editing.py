@@ -139,17 +139,18 @@ def reason(error: BaseException) -> str:
 
 
 def _input_spec(value: ir.Value) -> InputSpec:
-    if not isinstance(value.type, ir.TensorType) or value.shape is None:
+    kind = value.type.dtype if isinstance(value.type, ir.TensorType) else ir.DataType.UNDEFINED
+    if kind == ir.DataType.UNDEFINED or value.shape is None:
         raise ModelError(
             f"input '{value.name}' has type {value.type} and shape {value.shape}, expected a "
-            "tensor with a known number of dimensions; export the model with input shapes"
+            "tensor with a known number of dimensions; export the model with input types and shapes"
         )
     # Some exporters write -1 or 0 for a dynamic dimension.
     shape = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape)
-    dtype = value.type.dtype.numpy()
+    dtype = kind.numpy()
     if dtype.kind == "V":  # a type that NumPy itself does not have
         raise ModelError(
-            f"input '{value.name}' is {value.type.dtype.name}, which ONNX Runtime takes from no "
+            f"input '{value.name}' is {kind.name}, which ONNX Runtime takes from no "
             "array; export the model with FLOAT or INT8 inputs"
         )
     return InputSpec(name=str(value.name), dtype=dtype, shape=shape)
