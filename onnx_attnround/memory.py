@@ -16,6 +16,7 @@ from onnx_attnround.allocate import measures
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.graph import constants, input_specs
+from onnx_attnround.ops import WEIGHTED_OPS
 from onnx_attnround.records import LayerPlan, QuantPlan
 from onnx_attnround.samples import Samples
 
@@ -120,9 +121,7 @@ def _rounding(layer: LayerPlan, count: int | None) -> int:
 def _groups(layer: LayerPlan) -> tuple[int, int]:
     """Groups of a layer, and the inputs of a row of its weight."""
     groups = int(layer.attributes.get("group", 1))
-    axis = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}.get(layer.op_type)
-    if axis is None:
-        axis = 0 if layer.attributes.get("transB", 0) else 1
+    axis = WEIGHTED_OPS[layer.op_type].channel_axis(layer.attributes)
     outputs = layer.weight_shape[axis] * (groups if layer.op_type == "ConvTranspose" else 1)
     return groups, layer.parameters // outputs
 

@@ -70,7 +70,6 @@ class Layer:
             changed=solution.changed,
         )
 
-
     def _scales(self, scale: torch.Tensor) -> Array:
         """The scales of a solution as :class:`LayerRounding` has them."""
         if self.spec.block_size:
