@@ -130,7 +130,7 @@ def check_console(checked: Checked) -> RenderableType:
     """What ``--check`` prints: the findings, what runs in integer, and whether it is sound."""
     table = _table("", "node", "rule", "because")
     for found in checked.findings:
-        table.add_row("refused" if found.refused else "slow", found.node, found.rule, found.why)
+        table.add_row("refused" if found.refused else "note", found.node, found.rule, found.why)
     parts: list[RenderableType] = [table] if checked.findings else []
     if checked.loads:
         parts += _fusion_lines(checked.fusion, {})

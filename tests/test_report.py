@@ -294,7 +294,7 @@ def test_the_console_tells_where_latency_was_measured(result: QuantizeResult) ->
 
 def test_the_check_is_printed_and_written(result: QuantizeResult, tmp_path: Path) -> None:
     printed = text(check_console(result.checked))
-    assert row(printed, "slow") == ["head", "zero-point-missing", "write", "zeros"]
+    assert row(printed, "note") == ["head", "zero-point-missing", "write", "zeros"]
     assert "is broken" not in printed
     clean = replace(result.checked, findings=(), ran=False)
     printed = text(check_console(clean))
