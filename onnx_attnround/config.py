@@ -120,9 +120,21 @@ class QuantConfig(BaseModel):
     def parse(cls, values: Mapping[str, Any]) -> QuantConfig:
         """Validate ``values``; raises ``ConfigError`` that names the first wrong key."""
         try:
-            return cls(**values)
+            return cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError(_first_line(error)) from error
+
+    @classmethod
+    def of(cls, given: QuantConfig | Mapping[str, Any] | None) -> QuantConfig:
+        """A config as it is, one of the keys in a mapping, or the default; as :meth:`parse`."""
+        if isinstance(given, QuantConfig):
+            return given
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(
+                f"the config is of type {type(given).__name__}, expected a QuantConfig or a "
+                "mapping of its keys"
+            )
+        return cls.parse(given or {})
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -6,9 +6,10 @@ what depends on the bits of the layers is done for each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -70,7 +71,7 @@ class Point:
 def trade_off(
     model: Path | str | ir.Model,
     calibration: object = None,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Mapping[str, Any] | None = None,
     *,
     mean_bits: Sequence[float],
     output: Path | str | None = None,
@@ -86,7 +87,7 @@ def trade_off(
     file, the others are made all the same; then ``GateError`` names the gates, with
     all points as its ``result``.
     """
-    configs = with_means(config or QuantConfig(), mean_bits)
+    configs = with_means(QuantConfig.of(config), mean_bits)
     source = source_of(model)
     outputs = [None if output is None else point_path(output, mean) for mean in mean_bits]
     for path in filter(None, outputs):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -72,10 +73,10 @@ class QuantizeResult:
 
 
 def make_plan(
-    model: Path | str | ir.Model, config: QuantConfig | None = None
+    model: Path | str | ir.Model, config: QuantConfig | Mapping[str, Any] | None = None
 ) -> tuple[QuantPlan, BitAllocation]:
     """What :func:`quantize` would quantise, and with how many bits; runs nothing."""
-    config = config or QuantConfig()
+    config = QuantConfig.of(config)
     simplified, _ = simplify(_load(model))
     simplified, plan = _plan(simplified, config, quantise_activations=True)
     return plan, _allocate(simplified, plan, config, None)
@@ -84,7 +85,7 @@ def make_plan(
 def quantize(
     model: Path | str | ir.Model,
     calibration: object = None,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Mapping[str, Any] | None = None,
     *,
     output: Path | str | None = None,
     evaluation: Path | str | None = None,
@@ -99,11 +100,12 @@ def quantize(
     only weights are quantised, to nearest. ``evaluation`` are samples to verify on, with
     ``labels`` for top-1.
     ``preprocess`` turns images into inputs: a name or a file, as for ``--preprocess``.
+    ``config`` may be a mapping of the keys of ``QuantConfig``.
 
     Raises an :class:`AttnRoundError` (``errors.py``) on any bad input; a missed
     gate raises ``GateError`` with the result as its ``result``, and leaves no file.
     """
-    config = config or QuantConfig()
+    config = QuantConfig.of(config)
     run = Run(config, on_event)
     if output is not None:
         graph.check_output(Path(output), source_of(model))
@@ -115,7 +117,7 @@ def quantize(
 
 def check_model(
     model: Path | str | ir.Model,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Mapping[str, Any] | None = None,
     calibration: object = None,
     *,
     preprocess: Preprocess | str | None = None,
@@ -125,7 +127,7 @@ def check_model(
     It is run on the first samples of ``calibration``, if given; else on noise,
     where its shapes are known. Raises ``ModelError`` if the file cannot be read.
     """
-    config = config or QuantConfig()
+    config = QuantConfig.of(config)
     loaded = _load(model)
     with custom_ops(config.custom_op_library):
         feed = None

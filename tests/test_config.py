@@ -107,6 +107,18 @@ def test_config_is_frozen_and_keywords_are_checked_too() -> None:
         QuantConfig(weight_bits=1)
 
 
+def test_a_mapping_does_for_a_config_and_nothing_else_does() -> None:
+    config = QuantConfig(weight_bits=4)
+    assert QuantConfig.of({"weight_bits": 4}) == QuantConfig.of(config) == config
+    assert QuantConfig.of({}) == QuantConfig.of(None) == QuantConfig()
+    with pytest.raises(ConfigError, match="unknown option 'weight_bit'"):
+        QuantConfig.of({"weight_bit": 4})
+    with pytest.raises(ConfigError, match="^option '4'"):
+        QuantConfig.of({4: "weight_bits"})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"is of type str, expected a QuantConfig or a mapping"):
+        QuantConfig.of("config.toml")  # type: ignore[arg-type]
+
+
 # --- files --------------------------------------------------------------------------------
 
 

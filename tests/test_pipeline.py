@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from layered_models import LAYERED, layered
 from small_models import build, build_proto
 
 import onnx_attnround
-from onnx_attnround import QuantConfig, QuantizeResult, graph, make_plan, quantize
+from onnx_attnround import (
+    QuantConfig,
+    QuantizeResult,
+    check_model,
+    graph,
+    make_plan,
+    quantize,
+    trade_off,
+)
 from onnx_attnround.errors import (
     AttnRoundError,
     CalibrationError,
@@ -196,6 +204,14 @@ def test_layer_bits_by_pattern() -> None:
         ends = 6 if layer.first_or_last else 4
         assert result.allocation.bits[layer.node] == (3 if layer.node.startswith("/4/") else ends)
         assert result.roundings[layer.node].spec.bits == result.allocation.bits[layer.node]
+
+
+def test_the_config_may_be_a_mapping() -> None:
+    given = {"target": "tensorrt", "exclude": ["*"]}
+    for call in (quantize, make_plan, partial(trade_off, calibration=samples(), mean_bits=[4])):
+        with pytest.raises(ModelError, match="nothing to quantise"):
+            call(RESNET, config=given)
+    assert check_model(RESNET, given).target == "tensorrt"
 
 
 def test_a_dry_run_plans_what_the_run_does() -> None:
@@ -415,6 +431,8 @@ def test_what_is_wrong_is_found_before_any_slow_work(tmp_path: Path) -> None:
         (ConfigError, "matches no node", {"config": config(include=["no_such_node"])}),
         (ModelError, "of type ModelProto, expected a path", {"model": onnx.ModelProto()}),
         (ModelError, "nothing to quantise", {"config": config(exclude=["*"])}),
+        (ConfigError, "of type int", {"config": 4}),
+        (ConfigError, "unknown option 'bits'", {"config": {"bits": 4}}),
     ]
     for kind, words, changes in faults:
         events: list[Event] = []
