@@ -233,7 +233,9 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print what would be quantised; write nothing.", rich_help_panel=_OUT
+            "--dry-run",
+            help="Print what would be quantised, and judge the samples given; write nothing.",
+            rich_help_panel=_OUT,
         ),
     ] = False,
     check: Annotated[

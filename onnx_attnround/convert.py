@@ -17,6 +17,7 @@ from onnx_attnround.errors import ConfigError, GateError, ModelError
 if TYPE_CHECKING:
     from onnx_attnround.pareto import Point
     from onnx_attnround.pipeline import QuantizeResult
+    from onnx_attnround.preprocess import Preprocess
     from onnx_attnround.progress import OnEvent
 
 
@@ -115,19 +116,40 @@ def _dry_run(options: Options, config: QuantConfig) -> None:
     from onnx_attnround.progress import console_on
     from onnx_attnround.report import plan_tables
 
+    notes = _expected_notes(options, config)
     for each in with_means(config, _means(options)) if options.mean_bits else [config]:
         console_on(sys.stdout).print(plan_tables(*make_plan(options.model, each)))
+    for note in notes:
+        console_on(sys.stdout).print(f"note: {note}")
+
+
+def _expected_notes(options: Options, config: QuantConfig) -> list[str]:
+    """What a run would note at its start; samples that are given are judged as it would do."""
+    from onnx_attnround.pipeline import Run, load
+
+    run = Run(config, lambda event: None)
+    if options.calib is None and options.evaluation is None:
+        run.notes += config.idle()
+    else:
+        load(run, options.model, options.calib, options.evaluation, _preprocess(options))
+    if options.report is not None:
+        run.notes.append("option 'report' has no effect: a dry run measures nothing")
+    return run.notes
+
+
+def _preprocess(options: Options) -> Preprocess | None:
+    from onnx_attnround.preprocess import load_preprocess
+
+    return None if options.preprocess is None else load_preprocess(options.preprocess)
 
 
 def _check_model(options: Options, config: QuantConfig) -> None:
     """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
     from onnx_attnround.pipeline import check_model
-    from onnx_attnround.preprocess import load_preprocess
     from onnx_attnround.progress import console_on
     from onnx_attnround.report import check_console, write_check
 
-    preprocess = None if options.preprocess is None else load_preprocess(options.preprocess)
-    checked = check_model(options.model, config, options.calib, preprocess=preprocess)
+    checked = check_model(options.model, config, options.calib, preprocess=_preprocess(options))
     if options.report is not None:
         write_check(options.report, checked)
     if not options.quiet:
@@ -163,12 +185,11 @@ def _work(
     """What to do: one model, or one for each of several mean bits."""
     from onnx_attnround.pareto import trade_off
     from onnx_attnround.pipeline import quantize
-    from onnx_attnround.preprocess import load_preprocess
 
     rest: dict[str, Any] = {
         "output": options.output,
         "evaluation": options.evaluation,
-        "preprocess": None if options.preprocess is None else load_preprocess(options.preprocess),
+        "preprocess": _preprocess(options),
     }
     given = (options.model, options.calib, config)
     if not options.mean_bits:

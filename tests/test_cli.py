@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -347,6 +348,31 @@ def test_dry_run_gives_the_reason_for_what_is_left_out(
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if line.startswith("/0/Conv ")]
     assert line.split()[1:] == ["matched", "by", "exclude"]
+
+
+def test_dry_run_judges_the_samples_as_the_run_does(
+    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "wide.npy", np.zeros((8, 1, 99, 8), np.float32))
+    np.save(tmp_path / "few.npy", np.load(models_dir / "digits_calib.npz")["input"][:8])
+    arguments = [str(models_dir / "digits_resnet.onnx"), "--dry-run"]
+    for option, name, words in (
+        ("--calib", "missing.npy", "not found"),
+        ("--calib", "wide.npy", "expected"),
+        ("--eval", "wide.npy", "expected"),
+    ):
+        assert main([*arguments, option, str(tmp_path / name)]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == "" and words in only_line(printed.err)
+    given = [*arguments, "--calib", str(tmp_path / "few.npy"), "--report", str(tmp_path / "r.json")]
+    assert main([*given, "--bit-choices", "3,4"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [note.split(":")[1].strip() for note in notes] == [
+        "8 calibration samples are few",
+        "option 'bit_choices' has no effect",
+        "option 'report' has no effect",
+    ]
+    assert not (tmp_path / "r.json").exists()
 
 
 @pytest.fixture(scope="module")
