@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -298,7 +299,6 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         given=_given(ctx),
         model=model,
         output=output,
-        mean_bits=tuple(mean_bits.split(",")) if mean_bits and "," in mean_bits else (),
         calib=calib,
         preprocess=preprocess,
         evaluation=evaluation,
@@ -309,7 +309,7 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         quiet=quiet,
         verbose=verbose,
     )
-    return _exit_code(lambda: _run(options, _config(config, ctx.params)), verbose=verbose)
+    return _exit_code(lambda: _run(*_configured(options, ctx.params)), verbose=verbose)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -400,15 +400,22 @@ def _given(ctx: typer.Context) -> frozenset[str]:
     )
 
 
-def _config(path: Path | None, given: dict[str, Any]) -> QuantConfig:
-    """The file's settings, overridden by the options that were given; the first of mean bits."""
-    settings = {} if path is None else read_config(path)
+def _configured(options: Options, given: dict[str, Any]) -> tuple[Options, QuantConfig]:
+    """The file's settings, overridden by the options given; of several mean bits the first.
+
+    Where there are several, all of them go into the options.
+    """
+    settings = {} if options.config_file is None else read_config(options.config_file)
     for key in QuantConfig.model_fields:
         if (value := given.get(key)) not in (None, [], ()):
-            settings[key] = value.split(",") if key == "bit_choices" else value
-    if given.get("mean_bits"):
-        settings["mean_bits"] = given["mean_bits"].split(",")[0]
-    return QuantConfig.parse(settings)
+            settings[key] = value.split(",") if key in ("bit_choices", "mean_bits") else value
+    match settings.get("mean_bits"):
+        case [single]:
+            settings["mean_bits"] = single
+        case [first, *_] as means:
+            settings["mean_bits"] = first
+            options = replace(options, mean_bits=tuple(means))
+    return options, QuantConfig.parse(settings)
 
 
 if __name__ == "__main__":

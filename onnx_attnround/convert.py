@@ -31,7 +31,6 @@ class Options:
     given: frozenset[str]
     model: Path
     output: Path | None
-    mean_bits: tuple[str, ...]
     calib: Path | None
     preprocess: str | None
     evaluation: Path | None
@@ -41,6 +40,7 @@ class Options:
     check: bool
     quiet: bool
     verbose: bool
+    mean_bits: tuple[Any, ...] = ()
 
 
 READ_BY_CHECK = frozenset(
@@ -79,11 +79,10 @@ def _check(options: Options) -> None:
 def _means(options: Options) -> list[float]:
     """The several mean bits; raises ``ConfigError`` for what is no number."""
     try:
-        return [float(text) for text in options.mean_bits]
-    except ValueError as error:
-        raise ConfigError(
-            f"option 'mean_bits': expected numbers, got '{','.join(options.mean_bits)}'"
-        ) from error
+        return [float(mean) for mean in options.mean_bits]
+    except (TypeError, ValueError) as error:
+        given = ",".join(map(str, options.mean_bits))
+        raise ConfigError(f"option 'mean_bits': expected numbers, got '{given}'") from error
 
 
 def _outputs(options: Options) -> list[Path]:

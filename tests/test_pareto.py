@@ -266,6 +266,46 @@ def test_one_value_is_a_run_as_ever(
     assert alone.read_bytes() == (tmp_path / "out.onnx").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("means", "options", "files"),
+    [
+        ("[3, 4.5]", [], {"out.w3.onnx", "out.w4.5.onnx"}),
+        ("[3]", [], {"out.onnx"}),
+        ("[3, 4.5]", ["--mean-bits", "4,5"], {"out.w4.onnx", "out.w5.onnx"}),
+        ("[3, 4.5]", ["--mean-bits", "4"], {"out.onnx"}),
+    ],
+)
+def test_several_values_in_a_file_are_as_on_the_command_line(
+    means: str, options: list[str], files: set[str], arguments: list[str], tmp_path: Path
+) -> None:
+    settings = tmp_path / "fast.toml"
+    settings.write_text(settings.read_text().replace("mean_bits = 5", f"mean_bits = {means}"))
+    assert main([*arguments, *options]) == 0
+    assert made(tmp_path) == files
+
+
+@pytest.mark.parametrize(
+    ("means", "words"),
+    [
+        ("[]", "option 'mean_bits'"),
+        ("[3, 3.0]", "3 is given twice"),
+        ("[3, [4]]", "expected numbers, got '3,[4]'"),
+        ("[3, 9]", "option 'mean_bits'"),
+    ],
+)
+def test_wrong_means_in_a_file_are_one_line_and_code_2(
+    means: str,
+    words: str,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "fast.toml").write_text(f"mean_bits = {means}\n")
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
 def test_a_missed_gate_is_code_3_and_in_table_and_report(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
