@@ -292,6 +292,7 @@ CASES = [
          frozenset({"wrong-output", "does-not-run"})),
     Case(ORT, "zero-point-missing", "y",
          lambda: conv({}, {"point": None}, op="Gemm", bias="int32")),
+    Case(ORT, "operators-on-integers", "(model)", integer_operator),
 ]  # fmt: skip
 
 
@@ -310,8 +311,21 @@ def test_there_is_a_broken_file_for_every_rule() -> None:
     for target in (TRT, QNN, OV, ORT):
         names = {rule.name for rule in RULES[TARGETS[target].runtime]}
         caught = {case.rule for case in CASES if case.target == target}
-        shared = {"opset-too-new", "zero-point-of-other-shape"}
+        shared = {"opset-too-new", "zero-point-of-other-shape", "operators-on-integers"}
         assert names - caught <= (shared if target != TRT else set())
+
+
+def test_operators_on_integers_are_told_apart_and_counted() -> None:
+    made = Builder()
+    scale, point = made.constant("s", 0.1), made.constant("z", 0, "UINT8")
+    x = made.node("QuantizeLinear", ["x", scale, point], "q")
+    weight = made.constant("w", np.ones((4, 4, 1, 1)), "UINT8")
+    for name in "ab":
+        x = made.node("QLinearConv", [x, *(scale, point, weight), *(scale, point) * 2], name)
+    made.node("DequantizeLinear", [x, scale, point], "y")
+    checked = check(made.build("y"), TARGETS["ort"])
+    (finding,) = checked.findings
+    assert finding.why.endswith("operators on integers, 2 QLinearConv") and checked.ran
 
 
 def test_every_rule_says_what_it_is() -> None:

@@ -12,6 +12,7 @@ from onnx_attnround.check.rules import (
     activation_per_channel,
     codes_changed_on_the_way,
     half_quantised,
+    operators_on_integers,
     weight_axis,
 )
 from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, bias_fits, constant, is_zero
@@ -131,4 +132,5 @@ RULES = (
     Rule(partial_range),
     Rule(codes_changed_on_the_way),
     Rule(half_quantised, refused=False),
+    Rule(operators_on_integers, refused=False),
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 
 from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, constant
 from onnx_attnround.ops import WEIGHTED_OPS
@@ -115,6 +118,19 @@ def half_quantised(view: View) -> Found:
             yield layer.name, "its weight is quantised, its input is not: it runs in float"
         elif layer.x is not None and layer.weight is None:
             yield layer.name, "its input is quantised, its weight is not: it runs in float"
+
+
+def is_integer(node: ir.Node) -> bool:
+    """Whether the operator itself computes on integers, as in files in QOperator form."""
+    return re.match(r"Q[A-Z]|DynamicQuantize|(Conv|MatMul)Integer$", node.op_type) is not None
+
+
+def operators_on_integers(view: View) -> Found:
+    """QOperator form and dynamic quantisation have other operators than those the rules judge."""
+    counts = Counter(n.op_type for n in view.model.graph.all_nodes() if is_integer(n))
+    if counts:
+        listed = ", ".join(f"{count} {op_type}" for op_type, count in counts.items())
+        yield "(model)", f"not in QDQ form: no rule judges its operators on integers, {listed}"
 
 
 COMMON = (Rule(opset_too_new), Rule(scale_not_positive), Rule(zero_point_of_other_shape))

@@ -15,15 +15,13 @@ from onnx_attnround.check.rules import (
     activation_per_channel,
     codes_changed_on_the_way,
     half_quantised,
+    is_integer,
     weight_axis,
 )
 from onnx_attnround.check.view import QUANTISE, Link, View, constant, is_zero
 
 _TYPES = {"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}
 _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
-_INTEGER_OPS = frozenset({
-    "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
-})  # fmt: skip
 
 
 def zero_point_not_zero(view: View) -> Found:
@@ -53,7 +51,7 @@ def quantised_bias(view: View) -> Found:
 def integer_operator(view: View) -> Found:
     """Integer operators are unknown: integer layers are float nodes between Q and DQ."""
     for node in view.model.graph.all_nodes():
-        if node.op_type in _INTEGER_OPS or node.domain == "com.microsoft":
+        if is_integer(node) or node.domain == "com.microsoft":
             yield node.name or "", f"{node.op_type} is unknown to TensorRT: use Q/DQ nodes"
 
 
