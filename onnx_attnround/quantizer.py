@@ -13,6 +13,9 @@ import numpy as np
 
 from onnx_attnround.records import Array, QuantParams, QuantSpec
 
+NOTHING = 1e-30
+"""The width of a range that is none: scales are normal float32 numbers, also of 16 bits."""
+
 
 def quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int) -> Any:
     """``clip(round(x / scale) + zero_point, qmin, qmax)``, in the dtype of ``x``.
@@ -35,22 +38,26 @@ def params_from_range(spec: QuantSpec, lo: float, hi: float) -> QuantParams:
     """Per-tensor scale and zero point that cover ``[lo, hi]`` and represent 0 exactly.
 
     A symmetric spec centres the range on code 0 (signed) or the middle code
-    (unsigned). A tensor that is constantly zero gets scale 1, or the least range
-    of the spec; the fixed range of a spec takes the place of ``[lo, hi]``.
+    (unsigned). A tensor that is constantly zero gets the range ``[0, 1]``, or the least
+    range of the spec: wide enough for values never seen, and fine enough for the bias behind
+    it, whose step is that of input times weight. The fixed range of a spec takes the place of
+    ``[lo, hi]``.
     """
     lo, hi = (lo, hi) if spec.fixed_range is None else spec.fixed_range
     lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
     hi = max(hi, lo + spec.least_range)
+    if hi - lo < NOTHING:
+        lo, hi = 0.0, 1.0
     centre = 0 if spec.signed else (spec.qmax + 1) // 2
     if spec.symmetric:
         scale = max(lo / (spec.qmin - centre), hi / (spec.qmax - centre))
     else:
         scale = (hi - lo) / (spec.qmax - spec.qmin)
-    scale32 = np.float32(scale) if scale > np.finfo(np.float32).tiny else np.float32(1.0)
+    scale32 = np.asarray(scale, np.float32)
     zero_point = centre if spec.symmetric else np.rint(spec.qmin - lo / float(scale32))
     return QuantParams(
         spec=spec,
-        scale=np.asarray(scale32, np.float32),
+        scale=scale32,
         zero_point=np.asarray(np.clip(zero_point, spec.qmin, spec.qmax), code_dtype(spec)),
     )
 

@@ -492,6 +492,17 @@ def test_real_models_at_three_bits(name: str, data_dir: Path) -> None:
     assert errors["attention"] < 0.3
 
 
+def test_a_bias_behind_constant_zeros_keeps_its_precision() -> None:
+    model = build(
+        """g (float[N,3,8,8] x) => (float[N,4,8,8] y)
+        <float[4,3,3,3] w0, float[4] b0 = {-100, -100, -100, -100}, float[4,4,3,3] w1, float[4] b1>
+        { c = Conv<pads=[1,1,1,1]>(x, w0, b0)  zeros = Relu(c)
+          y = Conv<pads=[1,1,1,1]>(zeros, w1, b1) }"""
+    )
+    result = quantize(model, small_feed(64), config(weight_bits=4, first_last_bits=4))
+    assert sqnr(result) > 40  # 8-bit codes of the output give some 48
+
+
 def test_a_model_without_a_batch_dimension() -> None:
     model = build("g (float[6] x) => (float[3] y) <float[6,6] v, float[6,3] w>"
                   "{ a = MatMul(x, v)  r = Relu(a)  y = MatMul(r, w) }")  # fmt: skip

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnx_attnround.quantizer import (
+    NOTHING,
     channel_view,
     code_dtype,
     dequantize,
@@ -153,10 +154,8 @@ def test_range_is_covered_and_zero_exact(spec: QuantSpec, one: float, other: flo
     assert (spec.qmax - point) * scale >= max(hi, 0) - half
     if spec.symmetric:
         assert point == (0 if spec.signed else 2 ** (spec.bits - 1))
-    elif scale != 1.0:
-        assert scale == pytest.approx(
-            (max(hi, 0) - min(lo, 0)) / (spec.qmax - spec.qmin), rel=1e-6
-        )
+    elif (width := max(hi, 0) - min(lo, 0)) >= NOTHING:
+        assert scale == pytest.approx(width / (spec.qmax - spec.qmin), rel=1e-6)
 
 
 @settings(max_examples=200, deadline=None)
@@ -177,12 +176,13 @@ def test_values_of_the_range_return_within_half_a_step(
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("value", [0.0, 1e-45, -1e-45, 1e-38])
-def test_constant_nothing_gets_scale_one(signed: bool, symmetric: bool, value: float) -> None:
+def test_constant_nothing_has_the_range_to_one(
+    signed: bool, symmetric: bool, value: float
+) -> None:
     spec = QuantSpec(bits=8, signed=signed, symmetric=symmetric)
     params = params_from_range(spec, value, value)
-    centre = 128 * (not signed)
-    assert params.scale == 1.0
-    assert params.zero_point == (centre if symmetric else spec.qmin)
+    assert params == params_from_range(spec, 0.0, 1.0)
+    assert params.scale == np.float32(1 / (127 if symmetric else 255))
 
 
 def test_positive_and_negative_constants() -> None:
