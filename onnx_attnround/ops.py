@@ -17,6 +17,7 @@ import numpy as np
 from onnx_attnround.records import Array, LayerPlan
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 Attributes = Mapping[str, Any]
@@ -320,6 +321,23 @@ WEIGHTED_OPS: dict[str, WeightedOp] = {
         macs=_dense_macs,
     ),
 }
+
+
+def clip_bounds(node: ir.Node) -> tuple[float, float]:
+    """The bounds of a Relu or Clip: infinite where there is none, NaN where one is computed."""
+    low, high = -math.inf, math.inf
+    if node.op_type == "Relu":
+        return 0.0, high
+    if len(node.inputs) == 1:  # attributes before opset 11
+        return node.attributes.get_float("min", low), node.attributes.get_float("max", high)
+    values = [*node.inputs[1:], None]
+    return _number(values[0], low), _number(values[1], high)
+
+
+def _number(value: ir.Value | None, absent: float) -> float:
+    if value is None:
+        return absent
+    return math.nan if value.const_value is None else float(value.const_value.numpy().item())
 
 
 def count_macs(

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_attnround.block_scales import check_blocks, with_blocks
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, ModelError
-from onnx_attnround.ops import WEIGHTED_OPS, count_macs
+from onnx_attnround.ops import WEIGHTED_OPS, clip_bounds, count_macs
 from onnx_attnround.records import LayerPlan, QuantPlan, QuantSpec
 from onnx_attnround.targets import Target, get_target
 
@@ -460,12 +460,8 @@ def _starts_at_zero(node: ir.Node) -> bool:
     """
     if node.op_type != "Clip":
         return True
-    if len(node.inputs) < 2:  # attributes before opset 11; without any, no lower bound
-        return node.attributes.get_float("min", -1.0) == 0.0
-    if any(v is not None and v.const_value is None for v in node.inputs[1:]):
-        return False
-    low = node.inputs[1]
-    return low is not None and low.const_value is not None and not low.const_value.numpy().any()
+    low, high = clip_bounds(node)
+    return low == 0 <= high
 
 
 def _moved(node: ir.Node) -> Sequence[ir.Value]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import least_ir_version, name_nodes, raise_opset
+from onnx_attnround.ops import clip_bounds
 from onnx_attnround.quantizer import quantize
 from onnx_attnround.records import (
     Array,
@@ -146,14 +147,9 @@ def _activation_type(spec: QuantSpec) -> ir.DataType:
 
 def _is_idle(node: ir.Node | None, params: QuantParams) -> bool:
     """Whether a node keeps all that the Q behind it can tell apart: Relu, Clip, Identity."""
-    if node is not None and node.op_type == "Relu":
-        return int(params.zero_point) == params.spec.qmin
-    if node is None or node.op_type != "Clip":
+    if node is None or node.op_type not in ("Relu", "Clip"):
         return node is not None and node.op_type == "Identity"
-    bounds = [None if value is None else value.const_value for value in node.inputs[1:]]
-    if len(bounds) < 2 or None in bounds:
-        return False
-    values = np.array([bound.numpy().item() for bound in bounds if bound is not None], np.float32)
+    values = np.array(clip_bounds(node), np.float32)
     spec, point = params.spec, params.zero_point.astype(np.float32)
     codes = quantize(values, params.scale, point, spec.qmin, spec.qmax)
     return bool(codes[0] == spec.qmin and codes[1] == spec.qmax)

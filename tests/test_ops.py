@@ -11,11 +11,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, shape_inference
-from small_models import build_proto, random_feeds, run
+from small_models import build, build_proto, random_feeds, run
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import name_nodes
-from onnx_attnround.ops import WEIGHTED_OPS, conv_pads, input_grid, weight_matrix, weight_tensor
+from onnx_attnround.ops import (
+    WEIGHTED_OPS,
+    clip_bounds,
+    conv_pads,
+    input_grid,
+    weight_matrix,
+    weight_tensor,
+)
 from onnx_attnround.plan import make_plan
 from onnx_attnround.records import LayerPlan, QuantSpec
 
@@ -283,3 +290,21 @@ def test_macs_for_one_sample(x: str, weight: str, node: str, macs: int | None) -
         size = run(model, random_feeds(model))[0]  # a dynamic dimension is 2
         depth = weight_matrix(layer, np.zeros(layer.weight_shape)).shape[-1]
         assert 2 * macs == size.prod() * depth
+
+
+@pytest.mark.parametrize(
+    ("node", "opset", "bounds"),
+    [
+        ("Relu(x)", 17, (0, np.inf)),
+        ("Clip(x)", 17, (-np.inf, np.inf)),
+        ("Clip(x, lo, hi)", 17, (0, 6)),
+        ("Clip(x, lo)", 17, (0, np.inf)),
+        ("Clip(x, , hi)", 17, (-np.inf, 6)),
+        ("Clip(x, lo, x)", 17, (0, np.nan)),
+        ("Clip<min=-1.0, max=1.0>(x)", 6, (-1, 1)),
+        ("Clip<max=1.0>(x)", 6, (-np.inf, 1)),
+    ],
+)
+def test_bounds_of_a_clip(node: str, opset: int, bounds: tuple[float, float]) -> None:
+    text = f"g (float x) => (float y) <float lo = {{0}}, float hi = {{6}}> {{ y = {node} }}"
+    np.testing.assert_equal(clip_bounds(build(text, opset).graph[0]), bounds)

@@ -774,6 +774,13 @@ def test_clip_before_narrow_codes_goes_only_if_it_changes_none(highest: float) -
     np.testing.assert_array_equal(run(out, {"x": x})[0], dequantize(codes, params.scale, 0))
 
 
+@pytest.mark.parametrize("node", ["Relu(a)", "Clip(a, lo)", "Clip(a, lo, hi)"])
+def test_what_a_q_does_anyhow_is_left_out_where_the_target_wants_that(node: str) -> None:
+    constants = f"{CONSTANTS}, float lo = {{0}}, float hi = {{9999}}"
+    model = net(f"a = {CONV}(x, w1) b = {node} y = {CONV}(b, w2)", constants)
+    assert not {n.op_type for n in quantised(model, target="qnn").graph} & {"Relu", "Clip"}
+
+
 INTEGER = {"QLinearConv", "QLinearAdd", "QLinearGlobalAveragePool", "QLinearAveragePool", "QGemm",
            "Flatten", "Reshape", "Slice", "Concat"}  # fmt: skip
 
