@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ class FileTensor(ir.ExternalTensor):
     """A constant in an external data file, mapped anew whenever its values are asked for.
 
     The pages leave the memory with the array that was given out. (The tensor of onnx-ir
-    keeps what it mapped, so that in the end all weights are in memory.)
+    keeps what it mapped, so that in the end all weights are in memory; here a copy does.)
     """
 
     @classmethod
@@ -35,27 +36,16 @@ class FileTensor(ir.ExternalTensor):
 
     def numpy(self) -> Array:
         """The values, a read-only view of the file."""
-        values: Array = self._mapped().numpy()
+        values: Array = ir.ExternalTensor.numpy(copy(self))
         return values
 
     def tobytes(self) -> bytes:
         """The values as the file has them."""
-        return self._mapped().tobytes()
+        return ir.ExternalTensor.tobytes(copy(self))
 
     def __array__(self, dtype: object = None) -> Array:
-        values: Array = self._mapped().__array__(dtype)
+        values: Array = ir.ExternalTensor.__array__(copy(self), dtype)
         return values
-
-    def _mapped(self) -> ir.ExternalTensor:
-        return ir.ExternalTensor(
-            self.location,
-            self.offset,
-            self.length,
-            self.dtype,
-            shape=self.shape,
-            name=self.name,
-            base_dir=self.base_dir,
-        )
 
 
 def constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
