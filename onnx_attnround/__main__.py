@@ -213,6 +213,15 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
         ),
     ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of all randomness.", panel=_OUT)] = None,
+    device: Annotated[
+        str | None,
+        _setting(
+            "device",
+            "Where layers are rounded: cpu, or cuda, a GPU of NVIDIA",
+            panel=_OUT,
+            choices=_choices("device"),
+        ),
+    ] = None,
     threads: Annotated[
         int | None, _setting("threads", "CPU threads. Default: all cores.", panel=_OUT)
     ] = None,

@@ -53,6 +53,7 @@ class QuantConfig(BaseModel):
     exclude: tuple[str, ...] = ()
     weight_storage: WeightStorage | None = None
     custom_op_library: tuple[str, ...] = ()
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
     activation_memory_mb: Annotated[int, Field(ge=1)] = 256
     memory_limit: Annotated[int, Field(ge=1)] | None = None

@@ -96,7 +96,8 @@ class _Factored(Gram):
 
     def block(self, part: slice) -> torch.Tensor:
         rows = self.rows[..., part]
-        return rows.transpose(1, 2) @ rows + self.ridge[:, None, None] * torch.eye(rows.shape[-1])
+        unit = torch.eye(rows.shape[-1], device=rows.device)
+        return rows.transpose(1, 2) @ rows + self.ridge[:, None, None] * unit
 
     def times(self, rows: torch.Tensor) -> torch.Tensor:
         return self.spread(rows, slice(None))
@@ -128,9 +129,10 @@ def dense(matrix: torch.Tensor) -> Gram:
 
 def factored(rows: torch.Tensor) -> Gram:
     """The mean of ``v v'`` over the rows ``v`` of ``rows [g, n, d]``."""
-    return _Factored(rows / rows.shape[1] ** 0.5, torch.zeros(len(rows)))
+    return _Factored(rows / rows.shape[1] ** 0.5, rows.new_zeros(len(rows)))
 
 
-def identity(groups: int, depth: int) -> Gram:
-    """Uncorrelated inputs of power 1."""
-    return _Factored(torch.zeros(groups, 0, depth), torch.ones(groups))
+def identity(weight: torch.Tensor) -> Gram:
+    """Uncorrelated inputs of power 1, for a weight ``[g, o, d]``."""
+    groups, _, depth = weight.shape
+    return _Factored(weight.new_zeros(groups, 0, depth), weight.new_ones(groups))

@@ -115,12 +115,11 @@ def plain_objective(
     shared_axes: tuple[int, ...] = (),
 ) -> Objective:
     """Without calibration, for nearest rounding: the error of the weight itself."""
-    groups, outputs, depth = weight.shape
     return Objective(
         weight=weight,
-        gram=identity(groups, depth),
-        linear=torch.zeros(()).expand_as(weight),
-        constant=torch.zeros(groups, outputs),
+        gram=identity(weight),
+        linear=weight.new_zeros(()).expand_as(weight),
+        constant=weight.new_zeros(weight.shape[:2]),
         scale_floor=scale_floor,
         qmin=spec.qmin,
         qmax=spec.qmax,
@@ -159,7 +158,7 @@ def _widest_scale(problem: Objective) -> torch.Tensor:
         peak = peak.amax(problem.shared_axes, keepdim=True).expand_as(peak)
     scale = peak / problem.qmax
     alive = scale > torch.finfo(torch.float32).tiny
-    usual = scale[alive].mean() if bool(alive.any()) else torch.tensor(2.0**-12)
+    usual = scale[alive].mean() if bool(alive.any()) else scale.new_tensor(2.0**-12)
     return torch.maximum(torch.where(alive, scale, usual), problem.scale_floor[..., None])
 
 

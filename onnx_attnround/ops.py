@@ -71,7 +71,7 @@ class Grid:
         import torch
 
         values, where = self.x.flatten(2), sources.where
-        samples = torch.arange(len(values))[:, None, None]
+        samples = torch.arange(len(values), device=values.device)[:, None, None]
         if where[0].numel() < values.shape[2]:
             picked = values[samples, :, where].flatten(0, 2)
         else:  # most elements are read, many of them more than once
@@ -99,7 +99,8 @@ class Grid:
                 at = at.div(spread, rounding_mode="floor")
             inside &= (at >= 0) & (at < size)
             where = where * size + at.clamp(0, size - 1)
-        return Sources(where, (~inside).flatten().nonzero()[:, 0])
+        outside = (~inside).flatten().nonzero()[:, 0]
+        return Sources(where.to(self.x.device), outside.to(self.x.device))
 
 
 @dataclass(frozen=True, slots=True)

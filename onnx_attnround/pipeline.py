@@ -195,6 +195,10 @@ def load(
 ) -> Loaded:
     """Open model and samples, and judge whether they are what the config needs."""
     source = source_of(model)
+    if run.config.device != "cpu":
+        from onnx_attnround.device import open_device  # with torch: takes a second
+
+        open_device(run.config.device)  # judges whether there is one
     if run.config.work_dir is not None:
         check_work_dir(run.config.work_dir)
     with run.stage("load"):
@@ -346,9 +350,7 @@ def _calibrate(
         model,
         plan.activations,
         samples,
-        observer=run.config.observer,
-        batch_size=run.config.batch_size,
-        threads=run.config.threads,
+        run.config,
         same_range=plan.same_range,
         on_event=run.on_event,
     )

@@ -13,6 +13,7 @@ import torch
 from onnx_attnround import qdq
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.device import CPU, open_device, room_on
 from onnx_attnround.moments import Moments, collect
 from onnx_attnround.objective import objective, plain_objective
 from onnx_attnround.ops import weight_matrix, weight_tensor
@@ -61,10 +62,10 @@ class Layer:
         return LayerRounding(
             weight=self.plan.weight,
             spec=self.spec,
-            codes=weight_tensor(self.plan, solution.codes.to(torch.int8).numpy()),
+            codes=weight_tensor(self.plan, solution.codes.to(torch.int8).cpu().numpy()),
             scale=scale,
             zero_point=np.zeros(scale.shape, np.int8),
-            bias=None if bias is None else bias.reshape(-1).numpy().astype(np.float32),
+            bias=None if bias is None else bias.reshape(-1).cpu().numpy().astype(np.float32),
             mse_nearest=float(solution.loss_nearest.sum()) / power,
             mse_final=float(solution.loss.sum()) / power,
             changed=solution.changed,
@@ -73,9 +74,9 @@ class Layer:
     def _scales(self, scale: torch.Tensor) -> Array:
         """The scales of a solution as :class:`LayerRounding` has them."""
         if self.spec.block_size:
-            return weight_tensor(self.plan, scale[..., :: self.spec.block_size].numpy())
+            return weight_tensor(self.plan, scale[..., :: self.spec.block_size].cpu().numpy())
         shared = tuple(0 if axis in self.shared_axes else slice(None) for axis in (0, 1))
-        values: Array = scale[(*shared, 0)].numpy()
+        values: Array = scale[(*shared, 0)].cpu().numpy()
         return values.reshape(-1) if values.ndim else values
 
 
@@ -114,11 +115,11 @@ def round_layers(
     Returns one rounding per node name. Deterministic for the same inputs. Layers that
     ``checkpoint`` holds are taken from it, the others are put there.
     """
-    checkpoint = checkpoint or Checkpoint()
+    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
     roundings = round_plain(model, plan, params, allocation)
     quantised = qdq.insert(model, plan, params, roundings, "int8")
     kept = [checkpoint.get("round", index) for index in range(len(plan.layers))]
-    with ActivationStore(config.activation_memory_mb << 20) as store:
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
         walk = Walk(
             model,
             quantised,
@@ -127,11 +128,12 @@ def round_layers(
             batch_size=config.batch_size,
             store=store,
             threads=config.threads,
+            device=device,
         )
         for index, planned in enumerate(plan.layers):
             if None in kept[index:]:
                 walk.advance(index)
-            layer = open_layer(model, planned, params, allocation.bits[planned.node])
+            layer = open_layer(model, planned, params, allocation.bits[planned.node], device)
             rounding = kept[index] or roundings[planned.node]
             if kept[index] is None:
                 with torch_threads(layer, config.threads):
@@ -150,7 +152,7 @@ def round_layers(
 
 def moments_of(
     layer: Layer,
-    batches: Iterable[tuple[Array, Array]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     count: int,
     params: QuantParams | None,
 ) -> Moments:
@@ -206,12 +208,17 @@ def _outcome(layer: Layer, rounding: LayerRounding) -> str:
 
 
 def open_layer(
-    model: ir.Model, plan: LayerPlan, params: Mapping[str, QuantParams], bits: int
+    model: ir.Model,
+    plan: LayerPlan,
+    params: Mapping[str, QuantParams],
+    bits: int,
+    device: torch.device = CPU,
 ) -> Layer:
-    """The layer with its weight and bias from ``model``, to be rounded to ``bits``."""
-    weight = torch.from_numpy(weight_matrix(plan, _constant(model, plan.weight)).copy())
+    """The layer, its weight and bias from ``model`` on ``device``, to be rounded to ``bits``."""
+    matrix = weight_matrix(plan, _constant(model, plan.weight))
+    weight = torch.from_numpy(matrix.copy()).to(device)
     bias = _bias(model, plan, weight)
-    floor = torch.full(weight.shape[:2], torch.finfo(torch.float32).tiny)
+    floor = weight.new_full(weight.shape[:2], torch.finfo(torch.float32).tiny)
     if bias is not None and plan.x in params:
         floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
     layer = Layer(plan, plan.spec_of(bits), weight, bias, floor)
@@ -226,9 +233,9 @@ def _bias(model: ir.Model, plan: LayerPlan, weight: torch.Tensor) -> torch.Tenso
     if plan.op_type == "MatMul":
         return None
     if plan.bias is None:
-        return torch.zeros(shape)
+        return weight.new_zeros(shape)
     row = torch.from_numpy(_constant(model, plan.bias).astype(np.float32)).reshape(-1)
-    return row.expand(shape.numel()).reshape(shape).clone()
+    return row.to(weight.device).expand(shape.numel()).reshape(shape).clone()
 
 
 def _constant(model: ir.Model, name: str) -> Array:

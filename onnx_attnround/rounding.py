@@ -134,13 +134,18 @@ def resample(
     """
     best, best_loss = codes, problem.loss(codes, scale)
     for _ in range(RESAMPLES):
-        offset = torch.randn(codes.shape, generator=generator).mul_(RESAMPLE_TAU)
+        offset = _normal(codes, generator).mul_(RESAMPLE_TAU)
         drawn = descend(problem, problem.clip_round(best + offset), scale)
         loss = problem.loss(drawn, scale)
         better = loss < best_loss
         best = torch.where(better[..., None], drawn, best)
         best_loss = torch.where(better, loss, best_loss)
     return best
+
+
+def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal draws in the shape of a tensor, the same on each device."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 def attention_codes(
@@ -155,7 +160,7 @@ def attention_codes(
     weight pass, moves further away fade, yet never to zero.
     """
     position = problem.weight / scale
-    offset = torch.randn(position.shape, generator=generator) * TAU
+    offset = _normal(position, generator) * TAU
     momentum, variance = torch.zeros_like(offset), torch.zeros_like(offset)
     best = problem.nearest(scale)
     best_loss = problem.loss(best, scale)
@@ -235,7 +240,7 @@ def _descend_block(
     ``k s_i G_ij / (s_j G_jj)`` to the excess of ``j``. Rows that are done drop out.
     """
     groups, outputs, _ = codes.shape
-    group = torch.arange(groups).repeat_interleave(outputs)
+    group = torch.arange(groups, device=codes.device).repeat_interleave(outputs)
     gram = problem.gram.block(block)
     diagonal = gram.diagonal(dim1=1, dim2=2)[group]
     pull = gram / gram.diagonal(dim1=1, dim2=2)[:, None, :]  # of input i on the excess of j
@@ -246,7 +251,7 @@ def _descend_block(
     step = (step / step.amax(1, keepdim=True)).expand_as(excess)  # all 1 without blocks
     weight = diagonal * step.square()
     weight = weight / weight.mean(1, keepdim=True)
-    state, active = result.clone(), torch.arange(len(result))
+    state, active = result.clone(), torch.arange(len(result), device=codes.device)
     for _ in range(8 * result.shape[1] + 256):  # a bound; rows are done long before
         move = torch.sub(state, excess).round_().clamp_(problem.qmin, problem.qmax).sub_(state)
         gain, where = torch.add(move, excess, alpha=2).mul_(move).mul_(weight).min(1)

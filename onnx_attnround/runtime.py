@@ -25,6 +25,17 @@ _FATAL = 4  # errors come as exceptions, so the log need not tell them too
 _UNKNOWN_OP = "is not a registered function/op"  # in the words of ONNX Runtime
 ort.set_default_logger_severity(_FATAL)
 
+_CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
+_CUDA = (
+    "CUDAExecutionProvider",
+    {
+        "use_tf32": "0",  # float32 as on the CPU
+        "cudnn_conv_algo_search": "HEURISTIC",  # the sessions of a walk run a few batches each
+        "arena_extend_strategy": "kSameAsRequested",  # PyTorch shares the memory
+    },
+)
+_PROVIDERS = {"cpu": [_CPU], "cuda": [_CUDA, _CPU]}
+
 _lean: ContextVar[bool] = ContextVar("_lean", default=False)
 _libraries: ContextVar[tuple[str, ...]] = ContextVar("_libraries", default=())
 
@@ -65,13 +76,15 @@ def open_session(
     model: ir.Model | Path,
     *,
     threads: int | None = None,
+    device: str = "cpu",
     optimised_model: Path | None = None,
     optimise: bool = True,
     signed_activations: bool = False,
 ) -> ort.InferenceSession:
-    """A CPU session on ``model``; raises ``ModelError`` if ONNX Runtime refuses it.
+    """A session on ``model``; raises ``ModelError`` if ONNX Runtime refuses it.
 
-    ``OutputError`` if there is no room on disk for the weights of a large one.
+    ``OutputError`` if there is no room on disk for the weights of a large one,
+    ``ConfigError`` if ONNX Runtime cannot use the ``device``, ``cpu`` or ``cuda``.
     ``threads`` bounds the threads inside an op (default: all cores);
     ``optimised_model`` is where ONNX Runtime writes the graph that it runs, with
     ``optimise`` false as it is given. ``signed_activations`` are fused, as they
@@ -92,10 +105,10 @@ def open_session(
         options.optimized_model_filepath = str(optimised_model)
     try:
         if isinstance(model, Path):
-            return _session(str(model), options)
+            return _session(str(model), options, device)
         if _lean.get() or parameters(model) > LARGE:
-            return _large_session(model, options)
-        return _session(b"".join(serialised(model)), options)
+            return _large_session(model, options, device)
+        return _session(b"".join(serialised(model)), options, device)
     except AttnRoundError:
         raise
     except Exception as error:  # protobuf and ONNX Runtime raise a dozen unrelated types here
@@ -104,11 +117,23 @@ def open_session(
         raise ModelError(f"ONNX Runtime cannot load the model: {why}{remedy}") from error
 
 
-def _session(source: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+def _session(
+    source: str | bytes, options: ort.SessionOptions, device: str
+) -> ort.InferenceSession:
+    providers = _PROVIDERS[device]
+    session = ort.InferenceSession(source, options, providers=providers)
+    if (wanted := providers[0][0]) not in session.get_providers():  # it falls back in silence
+        raise ConfigError(
+            f"option 'device': got {device}, and ONNX Runtime {ort.__version__} cannot start its "
+            f"{wanted}; install onnxruntime-gpu, with CUDA and cuDNN of the version that it is "
+            "built for, or take device cpu"
+        )
+    return session
 
 
-def _large_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
+def _large_session(
+    model: ir.Model, options: ort.SessionOptions, device: str
+) -> ort.InferenceSession:
     """A session that maps the constants of ``model`` from files, those in memory from a new one.
 
     That file is deleted at once: what is mapped stays. Nodes run close to those that read
@@ -124,7 +149,7 @@ def _large_session(model: ir.Model, options: ort.SessionOptions) -> ort.Inferenc
         with scratch(Path(tempfile.gettempdir())) as folder:
             light, root = in_files(model, folder)
             options.add_session_config_entry(_FILES_BELOW, str(root))
-            return _session(ir.to_proto(light).SerializeToString(), options)
+            return _session(ir.to_proto(light).SerializeToString(), options, device)
     except OSError as error:
         raise OutputError(
             f"cannot keep weights in a file: {error.strerror or error}; free some disk space, or "

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.device import open_device, room_on
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import tensor_value
 from onnx_attnround.moments import Moments
@@ -53,11 +54,11 @@ def layer_errors(
     it, the others are put there. Raises ``CalibrationError`` if the model does not
     run on the samples.
     """
-    checkpoint = checkpoint or Checkpoint()
+    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
     kept = [checkpoint.get("measure", index) for index in range(len(plan.layers))]
     probe = _Probe(model, plan.layers, samples, config)
     errors = {}
-    with ActivationStore(config.activation_memory_mb << 20) as store:
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
         walk = Walk(
             model,
             None,
@@ -66,12 +67,13 @@ def layer_errors(
             batch_size=config.batch_size,
             store=store,
             threads=config.threads,
+            device=device,
         )
         for index, planned in enumerate(plan.layers):
             if None in kept[index:]:
                 walk.advance(index)
             if missing := kept[index] is None:
-                layer = open_layer(model, planned, {}, PROBE_BITS)
+                layer = open_layer(model, planned, {}, PROBE_BITS, device)
                 with torch_threads(layer, config.threads):
                     moments = moments_of(layer, walk.inputs(index), samples.count, None)
                     kept[index] = _costs(layer, moments, probe, config)
@@ -109,7 +111,9 @@ class _Probe:
     ) -> None:
         named = {name for layer in layers for name in (layer.weight, layer.bias) if name}
         self._shapes = {name: tensor_value(model, name).shape for name in sorted(named)}
-        self._session = open_session(_overridable(model, self._shapes), threads=config.threads)
+        self._session = open_session(
+            _overridable(model, self._shapes), threads=config.threads, device=config.device
+        )
         self._names = [o.name for o in self._session.get_outputs() if "float" in o.type]
         self._feeds = list(_first(samples, config.batch_size))
         self._expected = [self._run(feeds) for feeds in self._feeds]

@@ -9,23 +9,25 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import torch
 
+from onnx_attnround.device import Value, fetched, placed
 from onnx_attnround.errors import OutputError
-from onnx_attnround.records import Array
 from onnx_attnround.scratch import scratch
 
 
 @dataclass(slots=True)
 class _Spilled:
-    """An array that lies in a file of its own."""
+    """A tensor that lies in a file of its own."""
 
     path: Path
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
+    device: torch.device
 
 
 class ActivationStore:
-    """Batches of named tensors; what exceeds ``budget`` bytes of memory goes to disk.
+    """Batches of named tensors; what exceeds ``budget`` bytes, of their device, goes to disk.
 
     Files are read with plain reads, never mapped: mapped pages would count as
     resident memory. A context manager; leaving it deletes the files.
@@ -33,7 +35,7 @@ class ActivationStore:
 
     def __init__(self, budget: int) -> None:
         self._free = budget
-        self._held: dict[tuple[str, int], Array | _Spilled] = {}
+        self._held: dict[tuple[str, int], Value | _Spilled] = {}
         self._folder: Path | None = None
         self._open = ExitStack()
         self._written = 0
@@ -50,19 +52,19 @@ class ActivationStore:
         self._held.clear()
         self._open.close()
 
-    def put(self, name: str, batch: int, values: Array) -> None:
+    def put(self, name: str, batch: int, values: Value) -> None:
         """Keep one batch; raises ``OutputError`` if the disk is full."""
-        if values.nbytes <= self._free:
+        if values.nbytes > self._free and isinstance(values, torch.Tensor):
+            self._held[name, batch] = self._spill(values)
+        else:
             self._free -= values.nbytes
             self._held[name, batch] = values
-        else:
-            self._held[name, batch] = self._spill(values)
 
-    def get(self, name: str, batch: int) -> Array:
+    def get(self, name: str, batch: int) -> Value:
         """The batch that ``put`` kept under this name."""
         held = self._held[name, batch]
         if isinstance(held, _Spilled):
-            return np.fromfile(held.path, held.dtype).reshape(held.shape)
+            return placed(np.fromfile(held.path, held.dtype).reshape(held.shape), held.device)
         return held
 
     def release(self, name: str) -> None:
@@ -74,7 +76,8 @@ class ActivationStore:
             else:
                 self._free += held.nbytes
 
-    def _spill(self, values: Array) -> _Spilled:
+    def _spill(self, tensor: torch.Tensor) -> _Spilled:
+        values = fetched(tensor)
         try:
             if self._folder is None:
                 self._folder = self._open.enter_context(scratch(Path(tempfile.gettempdir())))
@@ -86,4 +89,4 @@ class ActivationStore:
                 "larger disk, or use fewer samples"
             ) from error
         self._written += 1
-        return _Spilled(path, values.dtype, values.shape)
+        return _Spilled(path, values.dtype, values.shape, tensor.device)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 
+from onnx_attnround.device import Value, placed, run_on
 from onnx_attnround.errors import CalibrationError
-from onnx_attnround.records import Array, LayerPlan
+from onnx_attnround.records import LayerPlan
 from onnx_attnround.runtime import first_line, open_session
 from onnx_attnround.samples import Samples
 from onnx_attnround.stages import Stage, cut, cut_blocks, extract, raw_names
@@ -39,13 +41,16 @@ class Walk:
         batch_size: int,
         store: ActivationStore,
         threads: int | None,
+        device: torch.device,
     ) -> None:
         names = [layer.node for layer in layers]
-        self._feeds = samples.batches(batch_size)
-        self._streams = [_Stream("float", model, cut(model, names), store, threads)]
+        self._feeds = _placed(samples, batch_size, device)
+        self._streams = [_Stream("float", model, cut(model, names), store, threads, device)]
         if quantised is not None:
             stages = cut(quantised, names, _added_codes(quantised, model))
-            self._streams.append(_Stream("quantised", quantised, stages, store, threads))
+            self._streams.append(
+                _Stream("quantised", quantised, stages, store, threads, device)
+            )
         self._batches = 0
 
     def advance(self, index: int) -> None:
@@ -57,14 +62,14 @@ class Walk:
             stream.advance(index, self._batches)
             stream.release(index)
 
-    def inputs(self, index: int) -> Iterator[tuple[Array, Array]]:
+    def inputs(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per batch the float input of layer ``index`` and that of the quantised prefix.
 
         The latter are codes where the tensor is quantised.
         """
         plain, quantised = self._streams[0], self._streams[-1]
         for batch in range(self._batches):
-            yield plain.read(index, batch)[0], quantised.read(index, batch)[0]
+            yield plain.layer_input(index, batch), quantised.layer_input(index, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +79,9 @@ class BlockBatch:
     Tensors by their names in the float model, each ``[n, ...]``.
     """
 
-    plain: Mapping[str, Array]
-    quantised: Mapping[str, Array]
-    outputs: Mapping[str, Array]
+    plain: Mapping[str, Value]
+    quantised: Mapping[str, Value]
+    outputs: Mapping[str, Value]
 
     @property
     def samples(self) -> int:
@@ -100,14 +105,15 @@ class BlockWalk:
         batch_size: int,
         store: ActivationStore,
         threads: int | None,
+        device: torch.device,
     ) -> None:
         names = [[layer.node for layer in block] for block in blocks]
         self.samples = samples.count
-        self._feeds = samples.batches(batch_size)
+        self._feeds = _placed(samples, batch_size, device)
         self._stages = cut_blocks(model, names)
-        self._plain = _Stream("float", model, self._stages, store, threads)
+        self._plain = _Stream("float", model, self._stages, store, threads, device)
         self._quantised = _Stream(
-            "quantised", quantised, cut_blocks(quantised, names), store, threads
+            "quantised", quantised, cut_blocks(quantised, names), store, threads, device
         )
         self._raw = raw_names(quantised)
         self.count = 0
@@ -137,7 +143,14 @@ class BlockWalk:
         )
 
 
-def _start(streams: Sequence[_Stream], feeds: Iterator[dict[str, Array]]) -> int:
+def _placed(
+    samples: Samples, batch_size: int, device: torch.device
+) -> Iterator[dict[str, Value]]:
+    for feeds in samples.batches(batch_size):
+        yield {name: placed(values, device) for name, values in feeds.items()}
+
+
+def _start(streams: Sequence[_Stream], feeds: Iterator[dict[str, Value]]) -> int:
     """Read the samples once, keep what later stages read of them; the number of batches."""
     runs = [stream.start() for stream in streams]
     batches = 0
@@ -158,29 +171,32 @@ class _Stream:
         stages: Sequence[Stage],
         store: ActivationStore,
         threads: int | None,
+        device: torch.device,
     ) -> None:
         self._label = label
         self._model = model
         self._stages = stages
         self._store = store
         self._threads = threads
+        self._device = device
 
-    def read(self, index: int, batch: int) -> list[Array]:
-        """What the layer or block behind stage ``index`` reads."""
-        return [self.get(name, batch) for name in self._stages[index].reads]
+    def layer_input(self, index: int, batch: int) -> torch.Tensor:
+        """What the layer behind stage ``index`` reads."""
+        (name,) = self._stages[index].reads
+        return cast(torch.Tensor, self.get(name, batch))  # no layer reads text
 
-    def get(self, name: str, batch: int) -> Array:
+    def get(self, name: str, batch: int) -> Value:
         """A live tensor."""
         return self._store.get(f"{self._label}:{name}", batch)
 
-    def start(self) -> Callable[[int, dict[str, Array]], None]:
+    def start(self) -> Callable[[int, dict[str, Value]], None]:
         """What to call with each batch of samples: runs stage 0 on it."""
         stage = self._stages[0]
         session = self._session(stage)
         kept = {name for later in self._stages[1:] for name in later.inputs}
         kept |= {name for stage in self._stages for name in stage.reads}
 
-        def run(batch: int, feeds: dict[str, Array]) -> None:
+        def run(batch: int, feeds: dict[str, Value]) -> None:
             for name in feeds.keys() & kept:
                 self._put(name, batch, feeds[name])
             if session is not None:
@@ -203,22 +219,24 @@ class _Stream:
     def _session(self, stage: Stage) -> ort.InferenceSession | None:
         if not stage.outputs:
             return None
-        return open_session(extract(self._model, stage), threads=self._threads)
+        model = extract(self._model, stage)
+        return open_session(model, threads=self._threads, device=self._device.type)
 
-    def _put(self, name: str, batch: int, values: Array) -> None:
-        self._store.put(f"{self._label}:{name}", batch, np.require(values, requirements=("C", "W")))
+    def _put(self, name: str, batch: int, value: Value) -> None:
+        self._store.put(f"{self._label}:{name}", batch, value)
 
     def _run(
-        self, session: ort.InferenceSession, stage: Stage, batch: int, feeds: dict[str, Array]
+        self, session: ort.InferenceSession, stage: Stage, batch: int, values: Mapping[str, Value]
     ) -> None:
+        feeds = {name: values[name] for name in stage.inputs}
         try:
-            results = session.run(list(stage.outputs), {n: feeds[n] for n in stage.inputs})
+            results = run_on(self._device, session, stage.outputs, feeds)
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
             raise CalibrationError(
                 f"ONNX Runtime failed on calibration batch {batch}: {first_line(error)}"
             ) from error
-        for name, values in zip(stage.outputs, results, strict=True):
-            self._put(name, batch, values)
+        for name, value in zip(stage.outputs, results, strict=True):
+            self._put(name, batch, value)
 
 
 def _added_codes(quantised: ir.Model, model: ir.Model) -> set[str]:

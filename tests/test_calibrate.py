@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from onnx_attnround import calibrate as module
 from onnx_attnround.calibrate import OBSERVERS, Calibration, calibrate
 from onnx_attnround.calibrate.observers import BINS, Histogram, MeanSquare, MinMax, Percentile
+from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ModelError
 from onnx_attnround.preprocess import PREPROCESS
 from onnx_attnround.quantizer import dequantize, params_from_range, quantize
@@ -288,9 +289,7 @@ def run(
         parsed,
         dict.fromkeys(names, U8),
         open_samples(x, [spec]),
-        observer=observer,
-        batch_size=batch_size,
-        threads=1,
+        QuantConfig.parse({"observer": observer, "batch_size": batch_size, "threads": 1}),
         same_range=same_range or {},
         on_event=(events if events is not None else []).append,
     )
@@ -353,9 +352,7 @@ def test_the_model_is_left_as_it_was() -> None:
         model,
         {"a": U8},
         open_samples(laplace(2, 4), [spec]),
-        observer="minmax",
-        batch_size=1,
-        threads=1,
+        QuantConfig(observer="minmax", batch_size=1, threads=1),
         same_range={},
         on_event=lambda _: None,
     )
@@ -399,9 +396,7 @@ def test_mobilenet_activations() -> None:
         model,
         dict.fromkeys(clips, U8),
         samples,
-        observer="mse",
-        batch_size=8,
-        threads=2,
+        QuantConfig(observer="mse", batch_size=8, threads=2),
         same_range={},
         on_event=lambda _: None,
     )

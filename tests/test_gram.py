@@ -19,7 +19,10 @@ PAIRS = {
         dense(torch.stack([torch.cov(group.T, correction=0) for group in SAMPLES])),
     ),
     "ridged": (factored(SAMPLES).ridged(0.5), dense(MATRIX).ridged(0.5)),
-    "identity": (identity(GROUPS, DEPTH), dense(torch.eye(DEPTH).expand(GROUPS, DEPTH, DEPTH))),
+    "identity": (
+        identity(torch.zeros(GROUPS, 1, DEPTH)),
+        dense(torch.eye(DEPTH).expand(GROUPS, DEPTH, DEPTH)),
+    ),
 }
 
 

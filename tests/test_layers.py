@@ -18,8 +18,8 @@ _NAMES = (
     "errors",
     "targets scratch",
     "records",
-    "quantizer gram graph ops store stages progress block_scales",
-    "config runtime simplify qdq moments shadow",
+    "quantizer gram graph ops device stages progress block_scales",
+    "config runtime simplify qdq moments shadow store",
     "allocate check preprocess plan objective",
     "rounding",
     "samples narrow",
@@ -35,6 +35,7 @@ _NAMES = (
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
 TORCH = {
+    "device", "store", "walk",
     "gram", "shadow", "moments", "objective", "rounding", "reconstruct", "refine", "sensitivity"
 }  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 500, 60

@@ -70,9 +70,7 @@ def prepare(
         model,
         plan.activations,
         open_samples(given, graph.input_specs(model), limit=64),
-        observer=observer,
-        batch_size=32,
-        threads=1,
+        config.model_copy(update={"observer": observer, "threads": 1}),
         same_range=plan.same_range,
         on_event=lambda event: None,
     )

@@ -87,7 +87,7 @@ def job_of(model: ir.Model, feeds: dict[str, Array], **options: Any) -> Job:
     if plan.activations:
         params = dict(calibrate(
             model, plan.activations, open_samples(feeds, graph.input_specs(model)),
-            observer="minmax", batch_size=32, threads=1, same_range=plan.same_range,
+            QuantConfig(observer="minmax", threads=1), same_range=plan.same_range,
             on_event=lambda event: None,
         ).params)  # fmt: skip
     matrices = {

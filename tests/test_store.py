@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnx_attnround.device import fetched
 from onnx_attnround.errors import OutputError
 from onnx_attnround.store import ActivationStore
 
@@ -25,8 +27,9 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def array(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+def array(size: int, seed: int = 0) -> torch.Tensor:
+    values = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    return torch.from_numpy(values)
 
 
 def test_stays_in_memory_up_to_the_budget_and_spills_the_rest(folder: Path) -> None:
@@ -70,16 +73,16 @@ def test_release_of_an_unknown_name_does_nothing(folder: Path) -> None:
         np.arange(24, dtype=np.uint16).reshape(2, 3, 4),
         np.int8([-128, 127]),
         np.array([True, False]),
-        np.float64(3.5).reshape(()),
+        np.asarray(3.5),
         np.zeros((0, 3), np.float32),
     ],
     ids=lambda values: f"{values.dtype}{list(values.shape)}",
 )
 def test_gives_back_the_very_bytes(folder: Path, budget: int, values: np.ndarray) -> None:
     with ActivationStore(budget) as store:
-        store.put("x", 3, values)
-        got = store.get("x", 3)
-        again = store.get("x", 3)
+        store.put("x", 3, torch.from_numpy(values))
+        got = fetched(store.get("x", 3))
+        again = fetched(store.get("x", 3))
     assert (got.dtype, got.shape) == (values.dtype, values.shape)
     assert got.tobytes() == again.tobytes() == values.tobytes()
 
@@ -88,7 +91,7 @@ def test_gives_back_the_very_bytes(folder: Path, budget: int, values: np.ndarray
 def test_any_order_of_puts_and_releases_keeps_to_the_budget(
     steps: list[tuple[str, int]],
 ) -> None:
-    held: dict[tuple[str, int], np.ndarray] = {}
+    held: dict[tuple[str, int], torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
         with ActivationStore(64) as store:
@@ -105,6 +108,17 @@ def test_any_order_of_puts_and_releases_keeps_to_the_budget(
                 for (key, batch), value in held.items():
                     np.testing.assert_array_equal(store.get(key, batch), value)
         assert list(Path(folder).iterdir()) == []
+
+
+def test_what_torch_has_no_type_for_stays_in_memory(folder: Path) -> None:
+    words = np.array([["a", "bc"]], object)
+    with ActivationStore(0) as store:
+        store.put("x", 0, words)
+        np.testing.assert_array_equal(store.get("x", 0), words)
+        assert files(folder) == []
+        store.release("x")
+        store.put("y", 0, array(1))
+        assert len(files(folder)) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

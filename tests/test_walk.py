@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from layered_models import LAYERED, layered
 from small_models import build
 
@@ -17,6 +19,7 @@ from onnx_attnround import qdq, walk
 from onnx_attnround.allocate import allocate
 from onnx_attnround.calibrate import calibrate
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.device import CPU, fetched, run_on
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import input_specs, tensor_value, with_outputs
 from onnx_attnround.ops import weight_matrix
@@ -52,9 +55,7 @@ class Setup:
                 model,
                 self.plan.activations,
                 self.samples,
-                observer="minmax",
-                batch_size=BATCH,
-                threads=1,
+                QuantConfig(observer="minmax", batch_size=BATCH, threads=1),
                 same_range=self.plan.same_range,
                 on_event=lambda event: None,
             ).params
@@ -70,6 +71,7 @@ class Setup:
             batch_size=BATCH,
             store=store,
             threads=1,
+            device=CPU,
         )
 
     def reads(self) -> tuple[list[str], list[str]]:
@@ -128,7 +130,7 @@ def setup_of(name: str, act_bits: int) -> Setup:
 @pytest.mark.parametrize("name", LAYERED)
 def test_layers_read_what_they_read_in_the_models_run_whole(name: str, act_bits: int) -> None:
     setup = Setup(layered(name), act_bits=act_bits)
-    seen: list[list[tuple[Array, Array]]] = []
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     with ActivationStore(1 << 20) as store:
         it = setup.walk(store)
         for index, layer in enumerate(setup.plan.layers):
@@ -144,7 +146,7 @@ def test_layers_read_what_they_read_in_the_models_run_whole(name: str, act_bits:
         for (x, v), whole_x, whole_v in zip(batches, expected, final, strict=True):
             np.testing.assert_allclose(x, whole_x[plain[index]], rtol=1e-5, atol=1e-6)
             wanted = whole_v[reads[index]]
-            assert v.dtype == wanted.dtype
+            assert fetched(v).dtype == wanted.dtype
             if act_bits < 32:
                 np.testing.assert_array_equal(v, wanted)
             else:
@@ -220,20 +222,13 @@ def test_only_what_is_still_read_is_kept(name: str, act_bits: int) -> None:
 @pytest.mark.parametrize("name", LAYERED)
 def test_each_stage_runs_once_per_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of(name, 8)
-    runs: list[int] = []
+    runs: Counter[Any] = Counter()
 
-    def counting(model: ir.Model, *, threads: int | None) -> Any:
-        session, number = open_session(model, threads=threads), len(runs)
-        runs.append(0)
+    def counting(device: Any, session: Any, names: Any, feeds: Any) -> Any:
+        runs[session] += 1
+        return run_on(device, session, names, feeds)
 
-        class Session:
-            def run(self, *args: Any) -> Any:
-                runs[number] += 1
-                return session.run(*args)
-
-        return Session()
-
-    monkeypatch.setattr(walk, "open_session", counting)
+    monkeypatch.setattr(walk, "run_on", counting)
     layers = [layer.node for layer in setup.plan.layers]
     with ActivationStore(1 << 20) as store:
         it = setup.walk(store)
@@ -242,7 +237,7 @@ def test_each_stage_runs_once_per_batch(name: str, monkeypatch: pytest.MonkeyPat
     batches = len(list(setup.samples.batches(BATCH)))
     codes = setup.reads()[1]
     stages = (*cut(setup.model, layers), *cut(setup.quantised, layers, codes))
-    assert runs == [batches] * sum(bool(stage.outputs) for stage in stages)
+    assert list(runs.values()) == [batches] * sum(bool(stage.outputs) for stage in stages)
 
 
 @pytest.mark.parametrize("name", ["residual", "branches"])
@@ -254,7 +249,8 @@ def test_a_walk_from_disk_gives_the_same(name: str) -> None:
             it = setup.walk(store)
             for index in range(len(setup.plan.layers)):
                 it.advance(index)
-                results.append([part.tobytes() for pair in it.inputs(index) for part in pair])
+                parts = [part for pair in it.inputs(index) for part in pair]
+                results.append([part.numpy().tobytes() for part in parts])
     half = len(results) // 2
     assert results[:half] == results[half:]
 
@@ -273,7 +269,7 @@ def test_samples_are_read_once() -> None:
 
     with ActivationStore(1 << 20) as store:
         it = Walk(setup.model, setup.quantised, setup.plan.layers, Counted(),
-                  batch_size=3, store=store, threads=1)  # fmt: skip
+                  batch_size=3, store=store, threads=1, device=CPU)  # fmt: skip
         for index in range(len(setup.plan.layers)):
             it.advance(index)
             assert sum(len(x) for x, _ in it.inputs(index)) == SAMPLES
@@ -311,7 +307,7 @@ def test_a_model_that_holds_quantised_tensors_of_its_own() -> None:
         whole(setup.quantised, ["d"], setup.samples),
         strict=True,
     ):
-        assert x.dtype == v.dtype == np.float32
+        assert x.dtype == v.dtype == torch.float32
         np.testing.assert_allclose(x, plain["d"], atol=1e-6)
         np.testing.assert_allclose(v, final["d"], atol=1e-6)
 
@@ -349,7 +345,7 @@ def test_blocks_read_what_they_read_in_the_models_run_whole(name: str, act_bits:
     with Watched() as store:
         it = BlockWalk(
             setup.model, setup.quantised, blocks, setup.samples,
-            batch_size=BATCH, store=store, threads=1,
+            batch_size=BATCH, store=store, threads=1, device=CPU,
         )  # fmt: skip
         for index, block in enumerate(blocks):
             it.advance(index)

@@ -53,7 +53,7 @@ def features(generator: torch.Generator) -> np.ndarray:
 def collect(weight: torch.Tensor, x: np.ndarray, v: np.ndarray) -> moments.Moments:
     """The moments of float inputs ``x`` and quantised ones ``v``."""
     parts = [slice(start, start + 32) for start in range(0, len(x), 32)]
-    batches = [(x[part], v[part]) for part in parts]
+    batches = [(torch.from_numpy(x[part]), torch.from_numpy(v[part])) for part in parts]
     return moments.collect(LAYER, weight, batches, len(x), None, centred=True)
 
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnx_attnround.calibrate.observers import OBSERVERS, Observer
+from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ModelError
 from onnx_attnround.quantizer import params_from_range
 from onnx_attnround.records import Array, Event, QuantParams, QuantSpec, TensorStats
@@ -33,17 +34,16 @@ def calibrate(
     model: ir.Model,
     activations: Mapping[str, QuantSpec],
     samples: Samples,
+    config: QuantConfig,
     *,
-    observer: str,
-    batch_size: int,
-    threads: int | None,
     same_range: Mapping[str, str],
     on_event: Callable[[Event], None],
 ) -> Calibration:
     """Observe the tensors of ``activations`` over all ``samples``, in one pass.
 
     A tensor in ``same_range`` is not observed: it gets the parameters of the
-    tensor at the end of its chain. ``batch_size`` is an upper bound. Raises
+    tensor at the end of its chain. ``config`` tells the observer, the device, and
+    how many samples to run at a time at most. Raises
     ``CalibrationError`` if ONNX Runtime fails on a sample or a tensor holds NaN
     or Inf, ``ModelError`` if a tensor is unknown.
     """
@@ -53,8 +53,10 @@ def calibrate(
         spec = activations.get(root, activations.get(name))
         if spec is not None:
             specs.setdefault(root, spec)
-    observers = {root: OBSERVERS[observer]() for root in specs}
-    for name, value in _runs(model, list(specs), samples, batch_size, threads, on_event):
+    observers = {root: OBSERVERS[config.observer]() for root in specs}
+    exposed, constants = _exposed(model, list(specs))
+    session = open_session(exposed, threads=config.threads, device=config.device)
+    for name, value in _runs(session, list(specs), constants, samples, config.batch_size, on_event):
         _observe(observers[name], name, value)
     params = {
         root: params_from_range(spec, *observers[root].range(spec)) for root, spec in specs.items()
@@ -90,16 +92,14 @@ def _root(name: str, same_range: Mapping[str, str]) -> str:
 
 
 def _runs(
-    model: ir.Model,
+    session: ort.InferenceSession,
     names: list[str],
+    constants: Mapping[str, Array],
     samples: Samples,
     batch_size: int,
-    threads: int | None,
     on_event: Callable[[Event], None],
 ) -> Iterator[tuple[str, Array]]:
     """Each named tensor's value, batch after batch; constants come once."""
-    exposed, constants = _exposed(model, names)
-    session = open_session(exposed, threads=threads)
     fed = {value.name for value in session.get_inputs()} & set(names)
     fetched = [name for name in names if name not in fed and name not in constants]
     for name in constants:

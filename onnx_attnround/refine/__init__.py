@@ -24,6 +24,7 @@ from onnx_attnround import qdq
 from onnx_attnround.blocks import Block, find_blocks
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.device import Value, open_device, room_on
 from onnx_attnround.errors import ModelError
 from onnx_attnround.reconstruct import (
     moments_of,
@@ -33,7 +34,6 @@ from onnx_attnround.reconstruct import (
     torch_threads,
 )
 from onnx_attnround.records import (
-    Array,
     BlockRounding,
     Event,
     LayerRounding,
@@ -92,12 +92,12 @@ def refine_blocks(
     that cannot run in torch; its record says why. Deterministic for the same inputs.
     Blocks that ``checkpoint`` holds are taken from it, the others are put there.
     """
-    checkpoint = checkpoint or Checkpoint()
+    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
     result = Refined(roundings=dict(roundings), params=dict(params))
     quantised = qdq.insert(model, plan, params, roundings, "int8")
     blocks = find_blocks(model, plan.layers)
     kept = [checkpoint.get("refine", index) for index in range(len(blocks))]
-    with ActivationStore(config.activation_memory_mb << 20) as store:
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
         walk = BlockWalk(
             model,
             quantised,
@@ -106,6 +106,7 @@ def refine_blocks(
             batch_size=min(config.batch_size, MINIBATCH),
             store=store,
             threads=config.threads,
+            device=device,
         )
         for index, block in enumerate(blocks):
             if None in kept[index:]:
@@ -113,7 +114,7 @@ def refine_blocks(
             if missing := kept[index] is None:
                 with threads_limited(config.threads):
                     kept[index] = _Refinement(
-                        model, plan, config, result, block, walk, index
+                        model, plan, config, result, block, walk, index, device
                     ).run()
                 checkpoint.put(kept[index], "refine", index)
             result.add(*kept[index])
@@ -139,10 +140,11 @@ class _Refinement:
         block: Block,
         walk: BlockWalk,
         index: int,
+        device: torch.device,
     ) -> None:
         self._model, self._plan, self._config = model, plan, config
         self._result, self._block = result, block
-        self._walk, self._index = walk, index
+        self._walk, self._index, self._device = walk, index, device
 
     def run(self) -> Outcome:
         """Round the layers anew, train the block; the best of the three, for ``Refined.add``."""
@@ -150,7 +152,7 @@ class _Refinement:
         if len({layer.weight for layer in self._block}) < len(names):
             return BlockRounding(nodes=names, skipped="two layers share a weight"), {}, {}
         try:
-            shadow = build_shadow(self._model, *self._walk.names(self._index))
+            shadow = build_shadow(self._model, *self._walk.names(self._index), self._device)
             given = self._quantised(shadow, self._result.roundings)
             before = self._error(given)
             anew = self._quantised(shadow, self._rounded_anew(shadow))
@@ -176,7 +178,7 @@ class _Refinement:
         roundings = dict(self._result.roundings)
         for number, planned in enumerate(self._block):
             bits = roundings[planned.node].spec.bits
-            layer = open_layer(self._model, planned, self._result.params, bits)
+            layer = open_layer(self._model, planned, self._result.params, bits, self._device)
             inputs = self._layer_inputs(self._quantised(shadow, roundings), planned.x)
             with torch_threads(layer, self._config.threads), torch.no_grad():
                 moments = moments_of(layer, inputs, self._walk.samples, None)
@@ -185,7 +187,9 @@ class _Refinement:
                     roundings[planned.node] = rounding
         return roundings
 
-    def _layer_inputs(self, block: QuantisedBlock, name: str) -> Iterator[tuple[Array, Array]]:
+    def _layer_inputs(
+        self, block: QuantisedBlock, name: str
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per batch what a layer reads in the float model, and in the quantised one."""
         for batch in self._batches():
             plain: dict[str, torch.Tensor] = dict(_tensors(batch.plain))
@@ -199,7 +203,7 @@ class _Refinement:
             block.shadow(plain.copy(), None, keep)
             seen: dict[str, torch.Tensor] = {}
             block.forward(_tensors(batch.quantised), seen)
-            yield plain[name].numpy(), seen[name].numpy()
+            yield plain[name], seen[name]
 
     def _batches(self) -> Iterator[BlockBatch]:
         return (self._walk.batch(self._index, number) for number in range(self._walk.count))
@@ -235,25 +239,26 @@ class _Refinement:
         return total / samples
 
 
-def _tensors(values: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in values.items()}
+def _tensors(values: Mapping[str, Value]) -> dict[str, torch.Tensor]:
+    tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
+    if foreign := values.keys() - tensors.keys():
+        raise ModelError(f"PyTorch has no type for '{min(foreign)}'")
+    return tensors
 
 
 def _mixed(batch: BlockBatch, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Inputs of the quantised prefix, with a random share of elements from the float model."""
-    feeds = {}
-    for name, values in batch.quantised.items():
-        quantised, plain = torch.from_numpy(values), torch.from_numpy(batch.plain[name])
+    feeds, plain = _tensors(batch.quantised), _tensors(batch.plain)
+    for name, quantised in feeds.items():
         if quantised.is_floating_point():
-            chosen = torch.rand(plain.shape, generator=generator) < FLOAT_SHARE
-            quantised = torch.where(chosen, plain, quantised)
-        feeds[name] = quantised
+            chosen = torch.rand(quantised.shape, generator=generator) < FLOAT_SHARE
+            feeds[name] = torch.where(chosen.to(quantised.device), plain[name], quantised)
     return feeds
 
 
 def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
     """Mean over the outputs of the squared error, each relative to its mean square."""
-    wanted = {name: torch.from_numpy(values) for name, values in batch.outputs.items()}
+    wanted = _tensors(batch.outputs)
     floating = [name for name in wanted if wanted[name].is_floating_point()]
     if not floating:
         raise ModelError("its outputs are integers")

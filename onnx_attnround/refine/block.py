@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from onnx_attnround.quantizer import spread
-from onnx_attnround.records import LayerPlan, LayerRounding, QuantParams, QuantPlan
+from onnx_attnround.records import Array, LayerPlan, LayerRounding, QuantParams, QuantPlan
 from onnx_attnround.refine.gradients import fake_quantise, rounded
 from onnx_attnround.shadow import Shadow
 
@@ -43,7 +43,7 @@ class QuantisedBlock:
         self._read = {name for step in shadow.steps for name in step.inputs}
         free = (self._read & self._params.keys()) - settled
         low = sorted(name for name in free if self._params[name].spec.bits < 8)
-        self._steps = {name: _leaf(torch.zeros(())) for name in low}
+        self._steps = {name: _leaf(torch.zeros((), device=shadow.device)) for name in low}
         self._biases = {item.plan.y: item for item in self._layers if item.adds_bias}
 
     def parameters(self) -> list[dict[str, Any]]:
@@ -117,19 +117,19 @@ class _Layer:
     def __init__(self, plan: LayerPlan, rounding: LayerRounding, shadow: Shadow) -> None:
         self.plan = plan
         self._rounding = rounding
-        weight = shadow.constants[plan.weight]
-        self._index = np.arange(rounding.scale.size).reshape(rounding.scale.shape)
-        self._scale = torch.from_numpy(rounding.scale.astype(np.float32))
+        weight, device = shadow.constants[plan.weight], shadow.device
+        index = np.arange(rounding.scale.size).reshape(rounding.scale.shape)
+        index = spread(index, rounding.codes.shape, rounding.spec)
+        self._index = torch.from_numpy(index).to(device)
+        self._scale = _float(rounding.scale, device)
         self._position = weight / self._spread(self._scale)
-        self.offset = _leaf(self._start(torch.from_numpy(rounding.codes.astype(np.float32))))
+        self.offset = _leaf(self._start(_float(rounding.codes, device)))
         self.log_scale = _leaf(torch.zeros_like(self._scale))
-        given = rounding.bias
-        self.bias = None if given is None else _leaf(torch.from_numpy(given.astype(np.float32)))
+        self.bias = None if rounding.bias is None else _leaf(_float(rounding.bias, device))
 
     def _spread(self, scale: torch.Tensor) -> torch.Tensor:
         """One scale a channel or block, as codes are multiplied by it."""
-        index = spread(self._index, self._rounding.codes.shape, self._rounding.spec)
-        return scale.reshape(-1)[torch.from_numpy(index)]
+        return scale.reshape(-1)[self._index]
 
     @property
     def adds_bias(self) -> bool:
@@ -163,11 +163,15 @@ class _Layer:
     def rounding(self) -> LayerRounding:
         """The record with what was learned."""
         with torch.no_grad():
-            codes = self._codes().numpy().astype(np.int8)
-            scale = (self._scale * self.log_scale.exp()).numpy().astype(np.float32)
-        bias = None if self.bias is None else self.bias.detach().numpy().copy()
+            codes = self._codes().cpu().numpy().astype(np.int8)
+            scale = (self._scale * self.log_scale.exp()).cpu().numpy().astype(np.float32)
+        bias = None if self.bias is None else self.bias.detach().cpu().numpy().copy()
         scale = scale.reshape(self._rounding.scale.shape)
         return replace(self._rounding, codes=codes, scale=scale, bias=bias)
+
+
+def _float(values: Array, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float32)).to(device)
 
 
 def _leaf(values: torch.Tensor) -> torch.Tensor:

@@ -155,7 +155,7 @@ def build_shadow(
 
 def _place(tensor: Tensor, device: torch.device) -> Tensor:
     shape_like = tensor.dtype == torch.int64 and tensor.ndim <= 1
-    return tensor if shape_like else tensor.to(device)
+    return tensor.to("cpu" if shape_like else device)
 
 
 def _line(error: Exception) -> str:
