@@ -392,6 +392,8 @@ def _worded(error: BaseException) -> tuple[str, int]:
         return "interrupted", SIGNALLED + number
     if isinstance(error, MemoryError):
         return "out of memory: give fewer --samples, a smaller --batch-size, or more memory", 1
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is imported late
+        return "the GPU is out of memory: give a smaller --batch-size, or take --device cpu", 1
     return f"unexpected {type(error).__name__}: {error}; please report this", 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,12 @@ Value = torch.Tensor | Array
 
 def open_device(name: str) -> torch.device:
     """The device ``cpu`` or ``cuda``; raises ``ConfigError`` if PyTorch has none of that name."""
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            why = "sees no GPU" if torch.version.cuda else "is built for the CPU alone"
-            raise ConfigError(
-                f"option 'device': got cuda, and PyTorch {torch.__version__} {why}; install "
-                "PyTorch for CUDA and the driver of the GPU, or take device cpu"
-            )
-        torch.backends.cudnn.allow_tf32 = False  # as ONNX Runtime and a CPU compute
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "sees no GPU" if torch.version.cuda else "is built for the CPU alone"
+        raise ConfigError(
+            f"option 'device': got cuda, and PyTorch {torch.__version__} {why}; install PyTorch "
+            "for CUDA and the driver of the GPU, or take device cpu"
+        )
     return torch.device(name)
 
 
@@ -52,6 +51,11 @@ def placed(values: Array, device: torch.device) -> Value:
 def fetched(value: Value) -> Array:
     """The value as an array, in the memory of the CPU."""
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def exact() -> AbstractContextManager[None]:
+    """Convolutions of PyTorch in float32 and in one order, on a GPU as on a CPU."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def run_on(

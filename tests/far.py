@@ -77,17 +77,16 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return far(made)
 
 
-def open_far() -> torch.device:
-    """The device, known to torch from the first call on."""
-    if not hasattr(torch, NAME):
-        _setup_privateuseone_for_python_backend(NAME)
-        library = torch.library.Library("_", "IMPL")
-        library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
-        _KEPT.append(library)
-    return torch.device(NAME, 0)
+def _register() -> torch.library.Library:
+    """Make the device known to torch: before the first backward pass, which looks for devices."""
+    _setup_privateuseone_for_python_backend(NAME)
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
+    return library
 
 
-_KEPT: list[torch.library.Library] = []
+_LIBRARY = _register()  # which knows the operators for as long as it lives
+DEVICE = torch.device(NAME, 0)
 
 
 def run_on_far(

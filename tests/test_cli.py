@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from onnx_attnround import errors, pipeline, progress
 from onnx_attnround.__main__ import main
@@ -282,6 +283,9 @@ def test_running_out_of_memory_names_what_needs_less(
     fake.error = MemoryError()
     assert main(["in.onnx", "out.onnx"]) == 1
     assert "error: out of memory: give fewer --samples" in capsys.readouterr().err
+    fake.error = torch.OutOfMemoryError("CUDA out of memory")
+    assert main(["in.onnx", "out.onnx"]) == 1
+    assert "error: the GPU is out of memory: give a smaller --batch" in capsys.readouterr().err
 
 
 def test_a_missed_gate_still_writes_the_report(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from far import Far, open_far, run_on_far
+from far import DEVICE, Far, run_on_far
 from layered_models import LAYERED, layered
 from small_models import build
 
@@ -128,14 +128,14 @@ def test_an_unknown_device_is_one_clear_error() -> None:
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """In place of a GPU, and used."""
-    where, before = open_far(), Far.operators
+    before = Far.operators
     for module in (device, reconstruct, refine, sensitivity):
-        monkeypatch.setattr(module, "open_device", lambda name: where if name == "cuda" else CPU)
+        monkeypatch.setattr(module, "open_device", lambda name: DEVICE if name == "cuda" else CPU)
     monkeypatch.setattr(walk, "run_on", run_on_far(run_on))
     monkeypatch.setattr(rounding, "RESAMPLES", 2)  # each operator takes its time there
-    for name in ("cuda", where.type):
+    for name in ("cuda", DEVICE.type):
         monkeypatch.setitem(runtime._PROVIDERS, name, runtime._PROVIDERS["cpu"])
-    yield where
+    yield DEVICE
     assert Far.operators > before
 
 

@@ -24,7 +24,7 @@ from onnx_attnround import qdq
 from onnx_attnround.blocks import Block, find_blocks
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.device import Value, open_device, room_on
+from onnx_attnround.device import Value, exact, open_device, room_on
 from onnx_attnround.errors import ModelError
 from onnx_attnround.reconstruct import (
     moments_of,
@@ -112,7 +112,7 @@ def refine_blocks(
             if None in kept[index:]:
                 walk.advance(index)
             if missing := kept[index] is None:
-                with threads_limited(config.threads):
+                with threads_limited(config.threads), exact():
                     kept[index] = _Refinement(
                         model, plan, config, result, block, walk, index, device
                     ).run()
