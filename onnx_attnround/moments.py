@@ -25,8 +25,9 @@ from onnx_attnround.ops import input_grid
 from onnx_attnround.records import LayerPlan, QuantParams
 
 GOLDEN = 0.6180339887498949
-POSITIONS_PER_INPUT = 32  # patches sampled, per entry of a patch ...
-MIN_POSITIONS = 16384  # ... and at least
+PER_INPUT = 512  # patches sampled, for each entry of a patch ...
+ENOUGH = 16384  # ... while that is no more than this; then so many, and ...
+LEAST_PER_INPUT = 32  # ... for each entry at least
 WIDE = 8192  # inputs beyond which patches are kept, and not all of their products ...
 WIDE_PATCHES = 8192  # ... of so many patches
 MANY_INPUTS = 128  # from here on products take so long that bfloat16 pays
@@ -118,7 +119,9 @@ def _plain(values: torch.Tensor) -> torch.Tensor:
 
 def wanted_patches(depth: int) -> int:
     """How many patches of ``depth`` entries are looked at, where there are as many."""
-    return WIDE_PATCHES if depth > WIDE else max(MIN_POSITIONS, POSITIONS_PER_INPUT * depth)
+    if depth > WIDE:
+        return WIDE_PATCHES
+    return max(min(PER_INPUT * depth, ENOUGH), LEAST_PER_INPUT * depth)
 
 
 def _positions(samples: int, positions: int, seen: int, count: int, depth: int) -> torch.Tensor:

@@ -51,6 +51,12 @@ class Objective:
         """Half the gradient of the loss by the dequantised weight, ``[g, o, d]``."""
         return self.gram.times(codes * scale - self.weight) - self.linear
 
+    def least_loss(self) -> torch.Tensor:
+        """The loss of the best real-valued weight, ``[g, o]``: ``delta G = W D``."""
+        gram = self.gram.block(slice(None))
+        delta, _ = torch.linalg.solve_ex(gram, self.linear, left=False)
+        return self.constant - (delta * self.linear).sum(-1)
+
     def nearest(self, scale: torch.Tensor) -> torch.Tensor:
         """Codes of rounding to nearest."""
         return self.clip_round(self.weight / scale)

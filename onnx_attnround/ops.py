@@ -71,6 +71,13 @@ class Grid:
         import torch
 
         values, where = self.x.flatten(2), sources.where
+        taps, inputs = where.shape[2], values.shape[1] // self.groups
+        if self.groups > 1:  # each channel for itself
+            flat = where.flatten(1)[:, None].expand(-1, values.shape[1], -1)
+            lines = values.gather(2, flat).transpose(0, 1).flatten(1)
+            lines.index_fill_(1, sources.outside, zero)
+            split = lines.reshape(self.groups, inputs, -1, taps).permute(0, 2, 3, 1)
+            return split.flatten(2).contiguous()
         samples = torch.arange(len(values), device=values.device)[:, None, None]
         if where[0].numel() < values.shape[2]:
             picked = values[samples, :, where].flatten(0, 2)
@@ -78,9 +85,7 @@ class Grid:
             last = values.transpose(1, 2).flatten(0, 1)
             picked = last.index_select(0, (where + samples * values.shape[2]).flatten())
         picked.index_fill_(0, sources.outside, zero)
-        taps, inputs = where.shape[2], values.shape[1] // self.groups
-        split = picked.reshape(-1, taps, self.groups, inputs).permute(2, 0, 1, 3)
-        return split.flatten(2).contiguous()
+        return picked.reshape(1, -1, taps * inputs)
 
     def sources(self, index: torch.Tensor) -> Sources:
         """Where patches at the flat positions ``index [n, p]`` read any input of this shape."""

@@ -58,7 +58,7 @@ def compare_rounding(options: argparse.Namespace, bits: float) -> None:
     def recorder(
         problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
     ) -> Pair:
-        optimum = _optimum(problem)
+        optimum = problem.least_loss()
         nearest = (problem.loss(problem.nearest(scale), scale) - optimum).sum()
         for label, variant in _variants(problem, scale, steps):
             start = time.process_time()
@@ -75,14 +75,6 @@ def compare_rounding(options: argparse.Namespace, bits: float) -> None:
     print(f"\n| {bits:g} bits | dB against nearest | CPU s, all layers |\n|---|---|---|")
     for label, values in gains.items():
         print(f"| {label} | {np.mean(values):.2f} | {seconds[label]:.2f} |")
-
-
-def _optimum(problem: Objective) -> torch.Tensor:
-    """The loss of the best real-valued weight, ``[g, o]``."""
-    groups, _, depth = problem.weight.shape
-    gram = problem.gram.times(torch.eye(depth).expand(groups, depth, depth))
-    best = torch.linalg.solve(gram, problem.linear.transpose(1, 2)).transpose(1, 2)
-    return problem.constant - (best * problem.linear).sum(-1)
 
 
 def _variants(
