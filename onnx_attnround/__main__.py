@@ -6,6 +6,7 @@ What is slow to import is imported when it is needed, so that ``--help`` is quic
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -325,6 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on ``arguments`` (default: the process's); returns the exit code."""
     # Threads of torch that spin while they wait cost a machine with other work twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Looking for garbage among all that torch and onnx define is slow, and little of it is found.
+    gc.set_threshold(100_000)
     try:
         code = app(arguments, prog_name="onnx-attnround", standalone_mode=False)
     except Exception as error:

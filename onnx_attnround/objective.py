@@ -54,7 +54,7 @@ class Objective:
     def least_loss(self) -> torch.Tensor:
         """The loss of the best real-valued weight, ``[g, o]``: ``delta G = W D``."""
         gram = self.gram.block(slice(None))
-        delta, _ = torch.linalg.solve_ex(gram, self.linear, left=False)
+        delta: torch.Tensor = torch.linalg.solve_ex(gram, self.linear, left=False)[0]
         return self.constant - (delta * self.linear).sum(-1)
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor:

@@ -90,8 +90,9 @@ def serialised(model: ir.Model) -> Iterator[bytes]:
     length of the graph has to be known before, so that each is serialised twice.
     """
     light, values = model.clone(), list(model.graph.initializers.values())
-    for name, value in light.graph.initializers.items():
-        value.const_value = ir.tensor([0], name=name)  # in their place
+    stopgap = ir.tensor([0])  # in the place of each
+    for value in light.graph.initializers.values():
+        value.const_value = stopgap
     for value, tensor in constants(light):  # those of subgraphs stay where they are
         value.const_value = held(tensor)
     proto = ir.to_proto(light)

@@ -122,15 +122,17 @@ class Sums:
         self._add_agreement(expected, got)
 
     def _add_error(self, expected: Array, got: Array) -> None:
-        finite = np.isfinite(expected)
-        if broken := int(np.count_nonzero(finite & ~np.isfinite(got))):
-            raise OutputError(
-                f"tensor '{self.name}' of the quantised model: got {broken} NaN or infinite "
-                f"elements of {got.size}, expected finite as in the float model; "
-                "--exclude the layers before it"
-            )
-        reference = expected[finite].astype(np.float64)
-        error = got[finite].astype(np.float64) - reference
+        finite, sound = np.isfinite(expected), np.isfinite(got)
+        if not (finite.all() and sound.all()):
+            if broken := int(np.count_nonzero(finite & ~sound)):
+                raise OutputError(
+                    f"tensor '{self.name}' of the quantised model: got {broken} NaN or infinite "
+                    f"elements of {got.size}, expected finite as in the float model; "
+                    "--exclude the layers before it"
+                )
+            expected, got = expected[finite], got[finite]
+        reference = expected.astype(np.float64).ravel()
+        error = got.astype(np.float64).ravel() - reference
         self.signal += float(reference @ reference)
         self.noise += float(error @ error)
         self.worst = max(self.worst, float(np.abs(error).max(initial=0.0)))
