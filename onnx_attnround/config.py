@@ -105,6 +105,7 @@ class QuantConfig(BaseModel):
             "bit_choices": (not budget, "there is no mean_bits"),
             "allocator": (not budget, "there is no mean_bits"),
             "observer": (self.act_bits == 32, "activations stay float"),
+            "activation_memory_mb": (self.device != "cpu", "a GPU keeps what it has room for"),
             "weight_storage": (
                 min(*chosen, self.first_last_bits, *self.layer_bits.values(), 8) > 4,
                 "no weights have up to 4 bits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,37 @@ Value = torch.Tensor | Array
 
 def open_device(name: str) -> torch.device:
     """The device ``cpu`` or ``cuda``; raises ``ConfigError`` if PyTorch has none of that name."""
-    if name == "cuda" and not torch.cuda.is_available():
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         why = "sees no GPU" if torch.version.cuda else "is built for the CPU alone"
         raise ConfigError(
             f"option 'device': got cuda, and PyTorch {torch.__version__} {why}; install PyTorch "
             "for CUDA and the driver of the GPU, or take device cpu"
         )
-    return torch.device(name)
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise ConfigError(
+            f"option 'device': got cuda, and ONNX Runtime {ort.__version__} is built without it; "
+            "install onnxruntime-gpu, or take device cpu"
+        )
+    return torch.device(name, 0)
 
 
 def room_on(device: torch.device, budget: int) -> int:
-    """Bytes of activations to keep on ``device``: ``budget``, or half of what a GPU has free."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else budget
+    """Bytes of activations to keep on ``device``: ``budget``, or a quarter of a GPU's free memory.
+
+    ONNX Runtime needs as much again for the sessions that the activations come from.
+    """
+    if device.type != "cuda":
+        return budget
+    release(device)
+    return torch.cuda.mem_get_info(device)[0] // 4
+
+
+def release(device: torch.device) -> None:
+    """Let ONNX Runtime have the memory of ``device`` that PyTorch holds and does not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def placed(values: Array, device: torch.device) -> Value:
@@ -53,8 +72,10 @@ def fetched(value: Value) -> Array:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
 
 
-def exact() -> AbstractContextManager[None]:
+def exact(device: torch.device) -> AbstractContextManager[None]:
     """Convolutions of PyTorch in float32 and in one order, on a GPU as on a CPU."""
+    if device.type != "cuda":
+        return nullcontext()
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
@@ -68,6 +89,8 @@ def run_on(
 
     No tensor is copied, but for what PyTorch has no type for.
     """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # ONNX Runtime has a stream of its own
     tensors = {name: v.contiguous() for name, v in feeds.items() if isinstance(v, torch.Tensor)}
     kinds = [value.type for value in session.get_outputs()]
     if len(tensors) < len(feeds) or any(_FOREIGN.search(kind) for kind in kinds):
@@ -80,8 +103,6 @@ def run_on(
         binding.bind_input(name, *place, kind, tuple(value.shape), value.data_ptr())
     for name in names:
         binding.bind_output(name, device.type, device.index or 0)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # ONNX Runtime has a stream of its own
     session.run_with_iobinding(binding)
     made = binding.get_outputs_as_ortvaluevector()
     return [_tensor(made[index]) for index in range(len(names))]

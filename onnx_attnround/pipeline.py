@@ -210,6 +210,8 @@ def load(
         check_labels(labels, held_out, original)
         check_samples(run.config, samples, held_out)
         run.notes += run.config.idle()
+        if samples is None and run.config.device != "cpu":
+            run.notes.append("option 'device' has no effect: there are no samples")
     return Loaded(
         source=source, original=original, samples=samples, evaluation=held_out, labels=labels
     )

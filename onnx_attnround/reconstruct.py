@@ -112,7 +112,7 @@ def round_layers(
 ) -> dict[str, LayerRounding]:
     """Round layer after layer, in graph order, on the objective of ``moments.py``.
 
-    Returns one rounding per node name. Deterministic for the same inputs. Layers that
+    Returns one rounding per node name. Deterministic for the same inputs and device. Layers that
     ``checkpoint`` holds are taken from it, the others are put there.
     """
     checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from onnx_attnround.device import Value, placed, run_on
+from onnx_attnround.device import Value, placed, release, run_on
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import LayerPlan
 from onnx_attnround.runtime import first_line, open_session
@@ -219,6 +219,7 @@ class _Stream:
     def _session(self, stage: Stage) -> ort.InferenceSession | None:
         if not stage.outputs:
             return None
+        release(self._device)
         model = extract(self._model, stage)
         return open_session(model, threads=self._threads, device=self._device.type)
 
@@ -231,6 +232,8 @@ class _Stream:
         feeds = {name: values[name] for name in stage.inputs}
         try:
             results = run_on(self._device, session, stage.outputs, feeds)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
             raise CalibrationError(
                 f"ONNX Runtime failed on calibration batch {batch}: {first_line(error)}"

@@ -283,7 +283,7 @@ def test_running_out_of_memory_names_what_needs_less(
     fake.error = MemoryError()
     assert main(["in.onnx", "out.onnx"]) == 1
     assert "error: out of memory: give fewer --samples" in capsys.readouterr().err
-    fake.error = torch.OutOfMemoryError("CUDA out of memory")
+    fake.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     assert main(["in.onnx", "out.onnx"]) == 1
     assert "error: the GPU is out of memory: give a smaller --batch" in capsys.readouterr().err
 

@@ -32,6 +32,7 @@ from onnx_attnround.__main__ import main
 from onnx_attnround.device import CPU, Value, fetched, open_device, placed, run_on
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.runtime import open_session
+from onnx_attnround.store import ActivationStore
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 KINDS = """g (float[N,3] x, bool[M] b, uint16[L] q, int64[K] i)
@@ -97,6 +98,13 @@ def test_only_what_may_be_written_to_is_shared() -> None:
     assert isinstance(copied, torch.Tensor)
     assert shared.data_ptr() == values.ctypes.data != copied.data_ptr()
     np.testing.assert_array_equal(copied.numpy(), values)
+
+
+def test_on_the_cpu_settings_of_cudnn_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch tells its older flags from the newer ones with an error."""
+    monkeypatch.setattr(torch.backends.cudnn, "fp32_precision", "ieee")
+    with device.exact(CPU):
+        assert torch.backends.cudnn.fp32_precision == "ieee"
 
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -194,7 +202,7 @@ def test_layers_are_rounded_alike_on_any_device(name: str, far: torch.device) ->
         {"act_bits": 32, "block_size": 16},
         {"method": "adaround"},
         {"mean_bits": 4, "allocator": "gram"},
-        {"activation_memory_mb": 1, "batch_size": 7},
+        {"batch_size": 7},
     ],
     ids="-".join,
 )
@@ -205,11 +213,50 @@ def test_every_way_of_rounding_runs_on_any_device(
     assert_same(*on_both(MODELS / "digits_resnet.onnx", images, **options))
 
 
+def test_activations_come_back_from_disk_to_any_device(
+    far: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spilled: list[torch.Tensor] = []
+    spill = ActivationStore._spill
+
+    def counted(store: ActivationStore, tensor: torch.Tensor) -> Any:
+        spilled.append(tensor)
+        return spill(store, tensor)
+
+    monkeypatch.setattr(ActivationStore, "_spill", counted)
+    monkeypatch.setattr(reconstruct, "room_on", lambda device, budget: 1000)
+    assert_same(*on_both(layered("residual"), noise(layered("residual"))))
+    assert any(isinstance(tensor, Far) for tensor in spilled)
+
+
 def test_wide_layers_are_rounded_alike_on_any_device(
     far: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnx_attnround.moments.WIDE", 8)
     assert_same(*on_both(layered("chain"), noise(layered("chain"))))
+
+
+BLOCKS = {
+    "a float made of a shape": """g (float[N,2,6,6] x) => (float[N,2,6,6] y, float[2] f)
+        <float[4,2,1,1] v, float[2,4,1,1] w, int64[1] two = {2}, int64[1] four = {4}>
+        { a = Conv(x, v)  b = Relu(a)  y = Conv(b, w)
+          s = Shape(b)  t = Slice(s, two, four)  f = Cast<to=1>(t) }""",
+    "resized": """g (float[N,2,6,6] x) => (float[N,2,12,12] y)
+        <float[4,2,1,1] v, float[2,4,1,1] w, float[4] by = {1, 1, 2, 2}>
+        { a = Conv(x, v)  b = Resize<mode="nearest">(a, , by)  y = Conv(b, w) }""",
+}
+
+
+@pytest.mark.parametrize("text", BLOCKS.values(), ids=BLOCKS)
+def test_shapes_in_blocks_stay_on_the_cpu(
+    text: str, far: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refine, "STEPS", 5)
+    monkeypatch.setattr(pipeline, "output_sqnr", lambda *given: 0.0)
+    one, other = on_both(build(text), noise(build(text)), reconstruct="block")
+    assert_same(one, other)
+    assert one.blocks == other.blocks
+    assert not any(block.skipped for block in one.blocks)
 
 
 @pytest.mark.parametrize("name", LAYERED)

@@ -112,7 +112,7 @@ def refine_blocks(
             if None in kept[index:]:
                 walk.advance(index)
             if missing := kept[index] is None:
-                with threads_limited(config.threads), exact():
+                with threads_limited(config.threads), exact(device):
                     kept[index] = _Refinement(
                         model, plan, config, result, block, walk, index, device
                     ).run()
@@ -263,7 +263,7 @@ def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
     if not floating:
         raise ModelError("its outputs are integers")
     losses = [
-        (outputs[name] - wanted[name]).square().mean()
+        (outputs[name].to(wanted[name].device) - wanted[name]).square().mean()
         / wanted[name].square().mean().clamp_min(1e-30)
         for name in floating
     ]

@@ -68,7 +68,7 @@ def optional(inputs: Inputs, index: int) -> Tensor | None:
 
 def ints(tensor: Tensor) -> list[int]:
     """The elements of an integer tensor."""
-    return [int(value) for value in tensor.reshape(-1).tolist()]
+    return [int(value) for value in tensor.reshape(-1).cpu().tolist()]
 
 
 def list_of(attributes: Attributes, inputs: Inputs, name: str, index: int) -> list[int] | None:

@@ -139,14 +139,14 @@ def _apply(a: Attributes, x: Tensor, scales: list[Any], counts: list[int] | None
 def _resize(a: Attributes, x: Inputs, opset: int) -> Tensor:
     a = {"mode": "nearest", **a}
     if opset < 11:
-        return _legacy(a, x[0], x[1].tolist())
+        return _legacy(a, x[0], x[1].cpu().tolist())
     scales, sizes = optional(x, 2), optional(x, 3)
     counts = ints(sizes) if sizes is not None and sizes.numel() else None
-    return _apply(a, x[0], [] if scales is None else scales.tolist(), counts)
+    return _apply(a, x[0], [] if scales is None else scales.cpu().tolist(), counts)
 
 
 def _upsample(a: Attributes, x: Inputs, opset: int) -> Tensor:
-    scales = a["scales"] if opset < 9 else x[1].tolist()
+    scales = a["scales"] if opset < 9 else x[1].cpu().tolist()
     return _legacy({"mode": "nearest", **a}, x[0], list(scales))
 
 
