@@ -16,11 +16,12 @@ from qdq_builder import Builder
 
 from onnx_attnround import OutputError, QuantConfig, check_model, quantize
 from onnx_attnround.__main__ import main
-from onnx_attnround.check import RULES, Rule, check, plugin
+from onnx_attnround.check import RULES, Rule, check, plugin, running
 from onnx_attnround.check.fusion import expected_fusion, find_fusion
 from onnx_attnround.check.rules import Found
 from onnx_attnround.check.view import View
 from onnx_attnround.graph import save
+from onnx_attnround.records import Array
 from onnx_attnround.runtime import open_session
 from onnx_attnround.targets import TARGETS, Target
 
@@ -532,19 +533,13 @@ def test_the_oldest_release_that_loads_a_file(
 
 
 def test_constants_may_be_nodes_and_nodes_nameless() -> None:
-    model = sound("tensorrt")
-    graph_ = model.graph
-    for value in list(graph_.initializers.values()):
-        node = ir.node("Constant", [], {"value": value.const_value})
-        graph_.insert_before(graph_[0], node)
-        value.replace_all_uses_with(node.outputs[0])
-        del graph_.initializers[value.name]
-    for node in graph_:
+    model = with_constant_nodes(sound("tensorrt"))
+    for node in model.graph:
         node.name = None
     checked = check(model, TARGETS["tensorrt"])
     assert checked.findings == ()
     assert len(checked.fusion.integer) == 1
-    assert all(node.name is None for node in graph_)
+    assert all(node.name is None for node in model.graph)
 
 
 def test_a_float_model_breaks_no_rule_of_onnx_runtime() -> None:
@@ -563,10 +558,7 @@ def test_a_file_that_fails_to_load_is_a_finding() -> None:
     assert not checked.ran and not checked.fusion.measured
 
 
-@pytest.mark.parametrize(("size", "findings"), [(0.01, 0), (1e9, 1)])
-def test_an_output_that_hangs_on_the_order_of_sums_is_not_called_wrong(
-    size: float, findings: int
-) -> None:
+def equal_sums(size: float) -> ir.Model:
     """A Softmax of equal sums: of large ones, the last bits decide which is the largest."""
     made = Builder()
     codes = made.rng.permuted(np.tile(made.rng.integers(-100, 100, 64), (32, 1)), axis=1)
@@ -574,12 +566,103 @@ def test_an_output_that_hangs_on_the_order_of_sums_is_not_called_wrong(
     made.constant("w/codes", codes.T, "INT8")
     made.constant("w/scale", np.full(32, size, np.float32))
     made.node("Softmax", ["p"], "y")
-    model = made.build("y", (1, 64))
-    checked = check(model, TARGETS["ort"], {"x": np.ones((1, 64), np.float32)})
+    return made.build("y", (1, 64))
+
+
+ONES = {"x": np.ones((1, 64), np.float32)}
+
+
+def with_constant_nodes(model: ir.Model) -> ir.Model:
+    """Constants made nodes, in place."""
+    for value in list(model.graph.initializers.values()):
+        node = ir.node("Constant", [], {"value": value.const_value})
+        model.graph.insert_before(model.graph[0], node)
+        value.replace_all_uses_with(node.outputs[0])
+        del model.graph.initializers[value.name]
+    return model
+
+
+@pytest.mark.parametrize("change", [lambda model: model, with_constant_nodes])
+@pytest.mark.parametrize(("size", "findings"), [(0.01, 0), (1e9, 1)])
+def test_an_output_that_hangs_on_the_order_of_sums_is_not_called_wrong(
+    size: float, findings: int, change: Callable[[ir.Model], ir.Model]
+) -> None:
+    checked = check(change(equal_sums(size)), TARGETS["ort"], ONES)
     assert [(found.rule, found.node) for found in checked.findings] == [
         ("chaotic-output", "(output y)")
     ] * findings
     assert checked.refused == ()
+
+
+def one_hot(at: int) -> Array:
+    return np.eye(1, 32, at, dtype=np.float32)
+
+
+def checked_as_if(
+    monkeypatch: pytest.MonkeyPatch, size: float, made_up: Array
+) -> list[tuple[str, bool]]:
+    """The findings for ``equal_sums``, if ``made_up`` were what the optimised model computes."""
+    run = running._run_ort
+
+    def made_up_run(*args: Any, optimise: bool) -> dict[str, Array]:
+        return {"y": made_up} if optimise else run(*args, optimise=optimise)
+
+    monkeypatch.setattr(running, "_run_ort", made_up_run)
+    found = check(equal_sums(size), TARGETS["ort"], ONES).findings
+    return [(finding.rule, finding.refused) for finding in found]
+
+
+MADE_UP = {
+    "NaN": np.full((1, 32), np.nan, np.float32),
+    "one NaN": np.where(np.arange(32) == 5, np.nan, one_hot(3)),
+    "infinite": np.full((1, 32), np.inf, np.float32),
+    "zeros": np.zeros((1, 32), np.float32),
+    "huge": np.full((1, 32), 1e20, np.float32),
+    "huge in 64 bits": np.full((1, 32), 1e200),
+    "of opposite sign": np.full((1, 32), -1, np.float32),
+    "constant": np.full((1, 32), 0.1, np.float32),
+    "of another size": 3 * one_hot(3),
+    "of another shape": np.zeros(7, np.float32),
+    "without the first axis": one_hot(3)[0],
+}
+
+
+@pytest.mark.parametrize("size", [0.01, 1e9])
+@pytest.mark.parametrize("made_up", MADE_UP.values(), ids=MADE_UP)
+def test_chaos_excuses_no_output_that_the_nodes_would_not_give(
+    monkeypatch: pytest.MonkeyPatch, size: float, made_up: Array
+) -> None:
+    assert checked_as_if(monkeypatch, size, made_up) == [("wrong-output", True)]
+
+
+@pytest.mark.parametrize("at", range(0, 32, 5))
+def test_chaos_excuses_another_largest_of_equal_sums(
+    monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    assert checked_as_if(monkeypatch, 1e9, one_hot(at)) in ([], [("chaotic-output", False)])
+    assert checked_as_if(monkeypatch, 0.01, one_hot(at)) == [("wrong-output", True)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("change", [lambda model: model, with_constant_nodes])
+def test_no_scale_of_a_weight_stays_where_roundings_are_tried(
+    dtype: type[np.floating[Any]], change: Callable[[ir.Model], ir.Model]
+) -> None:
+    model = equal_sums(1.0)
+    scale = model.graph.initializers["w/scale"]
+    scale.const_value = ir.tensor(np.linspace(0.01, 9, 32, dtype=dtype))
+    scale.dtype = scale.const_value.dtype
+    view = View(change(model), TARGETS["ort"])
+    (before,) = (link.scale for link in view.links if link.stored)
+    tried = []
+    for rounded in running._rounded(view):
+        links = View(rounded, view.target).links
+        assert [link.scale for link in links if not link.stored] == [SX, SX]
+        (after,) = (link.scale for link in links if link.stored)
+        assert after.dtype == dtype and (after != before).all()
+        np.testing.assert_allclose(after, before, rtol=3e-3 if dtype == np.float16 else 3e-6)
+        tried.append(after)
+    assert len(np.unique(tried, axis=0)) == len(tried) == running.RUNS
 
 
 # --- where users meet it ------------------------------------------------------------------
