@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 from qdq_builder import Builder
 
 from onnx_attnround import OutputError, QuantConfig, check_model, quantize
@@ -663,6 +663,13 @@ def test_no_scale_of_a_weight_stays_where_roundings_are_tried(
         np.testing.assert_allclose(after, before, rtol=3e-3 if dtype == np.float16 else 3e-6)
         tried.append(after)
     assert len(np.unique(tried, axis=0)) == len(tried) == running.RUNS
+
+
+def test_a_file_with_a_type_that_is_not_its_own_is_checked_all_the_same() -> None:
+    proto = ir.to_proto(conv(SIGNED))
+    proto.graph.value_info.append(helper.make_tensor_value_info("b", TensorProto.DOUBLE, [4]))
+    checked = check(ir.from_proto(proto), TARGETS["tensorrt"])
+    assert len(checked.fusion.integer) == 1
 
 
 # --- where users meet it ------------------------------------------------------------------

@@ -138,9 +138,10 @@ def _inferred(model: ir.Model) -> ir.Model:
     def infer(proto: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.shape_inference.infer_shapes(proto)
 
+    inference_error = onnx.shape_inference.InferenceError  # is none of the others
     try:
         result = graph.through_proto(model, infer)
-    except (RuntimeError, ValueError, ModelError):  # types of another domain, say
+    except (RuntimeError, ValueError, ModelError, inference_error):  # types of another domain, say
         result = model.clone()
     graph.name_nodes(result)
     return result
