@@ -18,7 +18,7 @@ from onnx_attnround import OutputError, QuantConfig, check_model, quantize
 from onnx_attnround.__main__ import main
 from onnx_attnround.check import RULES, Rule, check, plugin, running
 from onnx_attnround.check.fusion import expected_fusion, find_fusion
-from onnx_attnround.check.rules import Found
+from onnx_attnround.check.rules import Found, operators_on_integers
 from onnx_attnround.check.view import View
 from onnx_attnround.graph import save
 from onnx_attnround.records import Array
@@ -327,6 +327,40 @@ def test_operators_on_integers_are_told_apart_and_counted() -> None:
     checked = check(made.build("y"), TARGETS["ort"])
     (finding,) = checked.findings
     assert finding.why.endswith("operators on integers, 2 QLinearConv") and checked.ran
+
+
+def with_last(model: ir.Model, domain: str, op: str) -> ir.Model:
+    """``op`` put behind the output, in place."""
+    node = ir.node(op, [model.graph.outputs[0]], domain=domain, name="last")
+    node.outputs[0].name = "last"
+    model.graph.append(node)
+    model.graph.outputs[0] = node.outputs[0]
+    model.opset_imports[domain] = 1
+    return model
+
+
+@pytest.mark.parametrize("op", ["QKVAttention", "QGemm", "ConvInteger", "DynamicQuantizeKV"])
+def test_a_plugin_is_no_operator_on_integers_by_its_name(op: str) -> None:
+    assert check(with_last(conv(SIGNED), "my.plugins", op), TARGETS["tensorrt"]).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("op", "told"),
+    [
+        ("QLinearAdd", True),
+        ("QGemm", True),
+        ("QAttention", True),
+        ("MatMulIntegerToFloat", True),
+        ("DynamicQuantizeMatMul", True),
+        ("QuickGelu", False),
+        ("QuantizeLinear", False),
+    ],
+)
+def test_operators_of_onnx_runtime_on_integers_are_told(op: str, told: bool) -> None:
+    view = View(with_last(conv(), "com.microsoft", op), TARGETS["ort"])
+    assert [why.rpartition(", ")[2] for _, why in operators_on_integers(view)] == [
+        f"1 {op}"
+    ] * told
 
 
 def test_every_rule_says_what_it_is() -> None:

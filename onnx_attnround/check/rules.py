@@ -13,6 +13,11 @@ import onnx_ir as ir
 from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, constant
 from onnx_attnround.ops import WEIGHTED_OPS
 
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+_ON_INTEGERS = re.compile(
+    r"(QLinear|QOrdered|DynamicQuantize)\w+|(Conv|MatMul|Mul|ReduceSum)Integer(16|ToFloat)?"
+    r"|Q(Attention|EmbedLayerNormalization|Gemm|MoE)"
+)
 Found = Iterator[tuple[str, str]]
 """Names of nodes, and what is wrong with each and what helps."""
 
@@ -122,7 +127,7 @@ def half_quantised(view: View) -> Found:
 
 def is_integer(node: ir.Node) -> bool:
     """Whether the operator itself computes on integers, as in files in QOperator form."""
-    return re.match(r"Q[A-Z]|DynamicQuantize|(Conv|MatMul)Integer$", node.op_type) is not None
+    return node.domain in _DOMAINS and _ON_INTEGERS.fullmatch(node.op_type) is not None
 
 
 def operators_on_integers(view: View) -> Found:
