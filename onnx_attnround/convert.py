@@ -126,6 +126,7 @@ def _expected_notes(options: Options, config: QuantConfig) -> list[str]:
     """What a run would note at its start; samples that are given are judged as it would do."""
     from onnx_attnround.pipeline import Run, load
 
+    config = config.model_copy(update={"work_dir": None})  # which load would make
     run = Run(config, lambda event: None)
     if options.calib is None and options.evaluation is None:
         run.notes += config.idle()

@@ -377,6 +377,9 @@ def test_dry_run_judges_the_samples_as_the_run_does(
         "option 'report' has no effect",
     ]
     assert not (tmp_path / "r.json").exists()
+    before = set(tmp_path.iterdir())
+    assert main([*given, "--work-dir", str(tmp_path / "work")]) == 0
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.fixture(scope="module")
