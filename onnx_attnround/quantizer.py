@@ -38,16 +38,16 @@ def params_from_range(spec: QuantSpec, lo: float, hi: float) -> QuantParams:
     """Per-tensor scale and zero point that cover ``[lo, hi]`` and represent 0 exactly.
 
     A symmetric spec centres the range on code 0 (signed) or the middle code
-    (unsigned). A tensor that is constantly zero gets the range ``[0, 1]``, or the least
-    range of the spec: wide enough for values never seen, and fine enough for the bias behind
-    it, whose step is that of input times weight. The fixed range of a spec takes the place of
-    ``[lo, hi]``.
+    (unsigned). A tensor that is constantly zero gets the range ``[0, 1]``: wide enough for
+    values never seen, and fine enough for the bias behind it, whose step is that of input
+    times weight. Others are at least as wide as the least range of the spec. The fixed range
+    of a spec takes the place of ``[lo, hi]``.
     """
     lo, hi = (lo, hi) if spec.fixed_range is None else spec.fixed_range
     lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
-    hi = max(hi, lo + spec.least_range)
     if hi - lo < NOTHING:
         lo, hi = 0.0, 1.0
+    hi = max(hi, lo + spec.least_range)
     centre = 0 if spec.signed else (spec.qmax + 1) // 2
     if spec.symmetric:
         scale = max(lo / (spec.qmin - centre), hi / (spec.qmax - centre))

@@ -176,10 +176,11 @@ def test_values_of_the_range_return_within_half_a_step(
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("value", [0.0, 1e-45, -1e-45, 1e-38])
+@pytest.mark.parametrize("least_range", [0.0, 1e-4])
 def test_constant_nothing_has_the_range_to_one(
-    signed: bool, symmetric: bool, value: float
+    signed: bool, symmetric: bool, value: float, least_range: float
 ) -> None:
-    spec = QuantSpec(bits=8, signed=signed, symmetric=symmetric)
+    spec = QuantSpec(bits=8, signed=signed, symmetric=symmetric, least_range=least_range)
     params = params_from_range(spec, value, value)
     assert params == params_from_range(spec, 0.0, 1.0)
     assert params.scale == np.float32(1 / (127 if symmetric else 255))
