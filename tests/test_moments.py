@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_attnround import moments
-from onnx_attnround.moments import Moments, collect
+from onnx_attnround.moments import Moments, collect, wanted_patches
 from onnx_attnround.ops import weight_matrix, weight_tensor
 from onnx_attnround.quantizer import code_dtype
 from onnx_attnround.records import Array, LayerPlan, QuantParams, QuantSpec
@@ -236,6 +236,13 @@ def test_centring_is_the_best_bias(name: str, seed: int, other: float) -> None:
         loss, ((errors - bias[:, None]) ** 2).mean(1), rtol=1e-4, atol=1e-5 * scale
     )
     assert (((errors - bias[:, None] - other) ** 2).mean(1) > loss).all()
+
+
+@pytest.mark.parametrize(
+    ("depth", "patches"), [(1, 512), (9, 4608), (32, 16384), (512, 16384), (1024, 32768)]
+)
+def test_patches_grow_with_the_inputs(depth: int, patches: int) -> None:
+    assert wanted_patches(depth) == patches
 
 
 def test_no_batches_is_an_error() -> None:

@@ -481,6 +481,33 @@ def test_learning_earns_something_beyond_the_descent() -> None:
     assert learned < greedy
 
 
+def test_the_least_loss_is_that_of_the_best_real_valued_weight() -> None:
+    target = correlated(0).objective
+    gram, linear = target.gram.block(slice(None)).double(), target.linear.double()
+    best = target.weight.double() + torch.linalg.solve(gram, linear.mT).mT
+    one, least = torch.ones(1, 8, 1), target.least_loss()
+    torch.testing.assert_close(least, target.loss(best.float(), one), rtol=1e-3, atol=1e-6)
+    assert bool((least <= solve(target, "attention", steps=30, seed=0).loss).all())
+
+
+@pytest.mark.parametrize(("input_error", "draws"), [(0.0, 1), (100.0, 0)])
+def test_draws_are_made_only_where_rounding_matters(
+    input_error: float, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Tensor] = []
+
+    def record(problem: Objective, codes: torch.Tensor, *rest: object) -> torch.Tensor:
+        made.append(codes)
+        return codes
+
+    monkeypatch.setattr(rounding, "resample", record)
+    target = correlated(0).objective
+    nearest = target.loss(target.nearest(search_scale(target)), search_scale(target))
+    target = replace(target, constant=target.constant + input_error * nearest)
+    solve(target, "attention", steps=10, seed=0)
+    assert len(made) == draws
+
+
 def test_a_floor_holds_the_scale_up() -> None:
     problem = correlated(0)
     free = solve(problem.objective, "attention", steps=10, seed=0)
