@@ -24,7 +24,10 @@ Value = torch.Tensor | Array
 
 
 def open_device(name: str) -> torch.device:
-    """The device ``cpu`` or ``cuda``; raises ``ConfigError`` if PyTorch has none of that name."""
+    """The device ``cpu`` or ``cuda``.
+
+    Raises ``ConfigError`` if PyTorch or ONNX Runtime cannot use it.
+    """
     if name != "cuda":
         return torch.device(name)
     if not torch.cuda.is_available():
@@ -87,7 +90,7 @@ def run_on(
 ) -> list[Value]:
     """The outputs ``names`` of ``session``, which stay on ``device``, where it made them.
 
-    No tensor is copied, but for what PyTorch has no type for.
+    Nothing is copied, unless PyTorch has no type for one of the values.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # ONNX Runtime has a stream of its own
