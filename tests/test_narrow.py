@@ -70,7 +70,7 @@ def test_a_parted_stream_is_worth_decibels(
     monkeypatch: pytest.MonkeyPatch, models_dir: Path
 ) -> None:
     feeds = {"input": np.load(models_dir / "digits_calib.npz")["input"][:128]}
-    config = QuantConfig(weight_bits=4, act_bits=4, steps=0)  # without chance
+    config = QuantConfig(weight_bits=8, act_bits=4, steps=0)  # little is left to chance
 
     def sqnr() -> float:
         verification = quantize(models_dir / "digits_resnet.onnx", feeds, config).verification
