@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_attnround.block_scales import check_blocks, with_blocks
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, ModelError
+from onnx_attnround.graph import is_read_once
 from onnx_attnround.ops import WEIGHTED_OPS, clip_bounds, count_macs
 from onnx_attnround.records import LayerPlan, QuantPlan, QuantSpec
 from onnx_attnround.targets import Target, get_target
@@ -363,8 +364,7 @@ class _Activations:
     def _is_fused(self, value: ir.Value) -> bool:
         """Whether ``value`` goes from an integer layer to one reader, and nowhere else."""
         producer = value.producer()
-        alone = len(value.uses()) == 1 and not value.is_graph_output()
-        return alone and producer is not None and _name(producer) in self.integer
+        return is_read_once(value) and producer is not None and _name(producer) in self.integer
 
     def _add_everything(self) -> None:
         """Each float tensor of the graph, and the constants of arithmetic."""

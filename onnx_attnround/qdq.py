@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph import least_ir_version, name_nodes, raise_opset
+from onnx_attnround.graph import least_ir_version, name_nodes, only_reader, raise_opset
 from onnx_attnround.ops import clip_bounds
 from onnx_attnround.quantizer import quantize
 from onnx_attnround.records import (
@@ -249,12 +249,6 @@ def _names(graph: ir.Graph) -> set[str | None]:
     return {value.name for value in (*graph.inputs, *graph.initializers.values(), *outputs)}
 
 
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    """The one node that reads the output, ``None`` if there are more or it ends the graph."""
-    readers = node.outputs[0].consumers()
-    return readers[0] if len(readers) == 1 and not node.outputs[0].is_graph_output() else None
-
-
 class _Writer:
     """Adds Q/DQ nodes and their initialisers to one graph."""
 
@@ -304,8 +298,8 @@ class _Writer:
 
         ONNX Runtime makes no MatMulNBits of a matrix before a Relu that one node reads.
         """
-        relu = _only_reader(node)
-        if relu is None or relu.op_type != "Relu" or _only_reader(relu) is None:
+        relu = only_reader(node.outputs[0])
+        if relu is None or relu.op_type != "Relu" or only_reader(relu.outputs[0]) is None:
             return
         if node.op_type in ("Gemm", "MatMul"):
             zero = self._initializer(_tensor(np.zeros(()), ir.DataType.FLOAT, f"{relu.name}/zero"))

@@ -13,7 +13,7 @@ import torch
 from onnx_attnround import qdq
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.device import CPU, open_device, room_on
+from onnx_attnround.device import CPU, fetched, open_device, room_on
 from onnx_attnround.moments import Moments, collect
 from onnx_attnround.objective import objective, plain_objective
 from onnx_attnround.ops import weight_matrix, weight_tensor
@@ -62,10 +62,10 @@ class Layer:
         return LayerRounding(
             weight=self.plan.weight,
             spec=self.spec,
-            codes=weight_tensor(self.plan, solution.codes.to(torch.int8).cpu().numpy()),
+            codes=weight_tensor(self.plan, fetched(solution.codes.to(torch.int8))),
             scale=scale,
             zero_point=np.zeros(scale.shape, np.int8),
-            bias=None if bias is None else bias.reshape(-1).cpu().numpy().astype(np.float32),
+            bias=None if bias is None else fetched(bias.reshape(-1)).astype(np.float32),
             mse_nearest=float(solution.loss_nearest.sum()) / power,
             mse_final=float(solution.loss.sum()) / power,
             changed=solution.changed,
@@ -74,9 +74,9 @@ class Layer:
     def _scales(self, scale: torch.Tensor) -> Array:
         """The scales of a solution as :class:`LayerRounding` has them."""
         if self.spec.block_size:
-            return weight_tensor(self.plan, scale[..., :: self.spec.block_size].cpu().numpy())
+            return weight_tensor(self.plan, fetched(scale[..., :: self.spec.block_size]))
         shared = tuple(0 if axis in self.shared_axes else slice(None) for axis in (0, 1))
-        values: Array = scale[(*shared, 0)].cpu().numpy()
+        values = fetched(scale[(*shared, 0)])
         return values.reshape(-1) if values.ndim else values
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from onnx_attnround.check.rules import COMMON, Found, Rule, operators_on_integers
 from onnx_attnround.check.view import View
+from onnx_attnround.graph import only_reader
 
 _TWO_BITS = ("INT2", "UINT2")
 
@@ -64,10 +65,10 @@ def clipped_low_bit_weights(view: View) -> Found:
         matrix = layer.node.op_type in ("Gemm", "MatMul")
         if layer.weight is None or layer.x is not None or not matrix:
             continue
-        clip = view.only_reader(layer.node.outputs[0])
+        clip = only_reader(layer.node.outputs[0])
         if clip is None or clip.op_type not in ("Relu", "Clip"):
             continue
-        if view.only_reader(clip.outputs[0]) is not None:
+        if only_reader(clip.outputs[0]) is not None:
             yield layer.name, (
                 f"its weights are unpacked in every run, for the {clip.op_type} behind it: put Max "
                 "(and Min) in its place"

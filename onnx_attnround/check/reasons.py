@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onnx_attnround.check.view import Layer, Link, View, bias_fits
+from onnx_attnround.graph import only_reader
 from onnx_attnround.targets import Runtime
 
 Reason = Callable[[View, Layer], str | None]
@@ -89,7 +90,7 @@ def _output(view: View, layer: Layer) -> str | None:
 
 def _unabsorbed(view: View, layer: Layer, link: Link) -> str | None:
     """A Relu vanishes into the Q behind it if 0 is the lowest code."""
-    behind = view.only_reader(layer.node.outputs[0])
+    behind = only_reader(layer.node.outputs[0])
     lowest = -128 if link.codes.name == "INT8" else 0
     kept = link.point is not None and int(link.point.reshape(-1)[0]) != lowest
     if behind is not None and behind.op_type == "Relu" and kept:

@@ -19,6 +19,7 @@ from onnx_attnround.check.rules import (
     weight_axis,
 )
 from onnx_attnround.check.view import QUANTISE, Link, View, constant, is_zero
+from onnx_attnround.graph import only_reader
 
 _TYPES = {"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}
 _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
@@ -111,7 +112,7 @@ def residual_not_fused(view: View) -> Found:
 
 def _from_layer(view: View, value: ir.Value | None) -> bool:
     """Whether a layer run in integer makes ``value`` for one reader."""
-    if value is None or view.only_reader(value) is None:
+    if value is None or only_reader(value) is None:
         return False
     return value.producer() in {layer.node for layer in view.layers if layer.quantised}
 
@@ -120,7 +121,7 @@ def _own_quantised_layer(view: View, link: Link) -> bool:
     """Whether a DQ restores, for one reader, the output of a layer that only its Q reads."""
     data = link.node.inputs[0]
     quantise = None if data is None else data.producer()
-    if quantise is None or view.only_reader(link.node.outputs[0]) is None:
+    if quantise is None or only_reader(link.node.outputs[0]) is None:
         return False
     return _from_layer(view, quantise.inputs[0])
 

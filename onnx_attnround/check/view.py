@@ -101,15 +101,10 @@ class View:
 
     def quantised(self, value: ir.Value) -> Link | None:
         """The Q that alone reads ``value``, at once or behind an activation that it absorbs."""
-        reader = self.only_reader(value)
+        reader = graph.only_reader(value)
         if reader is not None and reader.op_type in _ABSORBED:
-            reader = self.only_reader(reader.outputs[0])
+            reader = graph.only_reader(reader.outputs[0])
         return next((link for link in self.links if link.node is reader), None)
-
-    def only_reader(self, value: ir.Value) -> ir.Node | None:
-        """The one node that reads ``value``, ``None`` if it is an output or has other readers."""
-        readers = value.consumers()
-        return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
 
     def activations(self, op_type: str) -> Iterator[Link]:
         """The Q, or the DQ, nodes of tensors that are computed."""

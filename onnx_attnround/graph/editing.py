@@ -131,6 +131,17 @@ def copy_signature(source: ir.Model, target: ir.Model) -> None:
             new.shape = new.shape if old.shape is None else old.shape.copy()
 
 
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads ``value``, ``None`` if it is an output or has other readers."""
+    readers = value.consumers()
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Whether one input of one node reads ``value``, and it is no output."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
 def reason(error: BaseException) -> str:
     """What went wrong at the bottom of a chain of errors, in one line."""
     while error.__cause__ is not None:

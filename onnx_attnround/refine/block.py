@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from onnx_attnround.device import fetched
 from onnx_attnround.quantizer import spread
 from onnx_attnround.records import Array, LayerPlan, LayerRounding, QuantParams, QuantPlan
 from onnx_attnround.refine.gradients import fake_quantise, rounded
@@ -162,10 +163,9 @@ class _Layer:
 
     def rounding(self) -> LayerRounding:
         """The record with what was learned."""
-        with torch.no_grad():
-            codes = self._codes().cpu().numpy().astype(np.int8)
-            scale = (self._scale * self.log_scale.exp()).cpu().numpy().astype(np.float32)
-        bias = None if self.bias is None else self.bias.detach().cpu().numpy().copy()
+        codes = fetched(self._codes()).astype(np.int8)
+        scale = fetched(self._scale * self.log_scale.exp()).astype(np.float32)
+        bias = None if self.bias is None else fetched(self.bias).copy()
         scale = scale.reshape(self._rounding.scale.shape)
         return replace(self._rounding, codes=codes, scale=scale, bias=bias)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.graph import is_read_once
 from onnx_attnround.quantizer import channel_view
 from onnx_attnround.records import Array
 from onnx_attnround.simplify.constants import constant, replace_constant, take_over_output
@@ -57,7 +58,7 @@ def _layer_before(norm: ir.Node) -> ir.Node | None:
     layer = None if y is None else y.producer()
     if y is None or layer is None or layer.domain != "" or layer.op_type not in _LAYERS:
         return None
-    return layer if len(y.uses()) == 1 and not y.is_graph_output() else None
+    return layer if is_read_once(y) else None
 
 
 def _bias(layer: ir.Node, value: ir.Value | None) -> Array | None:

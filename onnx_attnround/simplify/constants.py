@@ -7,6 +7,7 @@ from itertools import count
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.graph import is_read_once
 from onnx_attnround.records import Array
 
 
@@ -28,7 +29,7 @@ def replace_constant(node: ir.Node, index: int, old: ir.Value | None, data: Arra
     if node.graph is None or old is None or old.const_value is None:
         raise ValueError(f"node '{node.name}' is in no graph, or {old} is no constant")
     tensor = ir.tensor(data.astype(old.const_value.dtype.numpy()), name=old.name)
-    if len(old.uses()) == 1 and not old.is_graph_output():
+    if is_read_once(old):
         old.const_value, old.shape = tensor, ir.Shape(data.shape)
         node.replace_input_with(index, old)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnx_attnround.graph import is_read_once
 from onnx_attnround.simplify.constants import take_over_output
 
 
@@ -29,8 +30,7 @@ def _fold(graph: ir.Graph, add: ir.Node, product: ir.Value | None, bias: ir.Valu
     matrix, row = _constant_shape(weight), _constant_shape(bias)
     if len(matrix) != 2 or row not in (matrix[1:], [1, *matrix[1:]]):
         return False
-    alone = len(product.uses()) == 1 and not product.is_graph_output()
-    if not alone or x is None or x.shape is None or len(x.shape) != 2:
+    if not is_read_once(product) or x is None or x.shape is None or len(x.shape) != 2:
         return False
     matmul.op_type = "Gemm"
     matmul.resize_inputs(3)
