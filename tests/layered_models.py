@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from small_models import build
 
 from onnx_attnround import graph
+from onnx_attnround.records import Array
 
 LAYERED = {
     "chain": """
@@ -89,3 +91,15 @@ LAYERED = {
 def layered(name: str) -> ir.Model:
     """One of ``LAYERED``, with the types and shapes of all values."""
     return graph.through_proto(build(LAYERED[name]), onnx.shape_inference.infer_shapes)
+
+
+def noise(model: ir.Model, count: int = 24, seed: int = 2) -> dict[str, Array]:
+    """``count`` samples of normal noise for each input, true for a scalar; dynamic sizes are 2."""
+    rng = np.random.default_rng(seed)
+    return {
+        spec.name: np.asarray(
+            rng.normal(size=(count, *(dim or 2 for dim in spec.shape[1:]))) if spec.shape else True,
+            spec.dtype,
+        )
+        for spec in graph.input_specs(model)
+    }

@@ -11,14 +11,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from far import DEVICE, Far, run_on_far
-from layered_models import LAYERED, layered
+from layered_models import LAYERED, layered, noise
 from small_models import build
 
 from onnx_attnround import (
     QuantConfig,
     QuantizeResult,
     device,
-    graph,
     pipeline,
     quantize,
     reconstruct,
@@ -155,17 +154,6 @@ def test_a_far_tensor_mixes_with_none_on_the_cpu(far: torch.device) -> None:
     with pytest.raises((RuntimeError, TypeError)):
         x.numpy()
     np.testing.assert_array_equal(fetched(x @ torch.ones(3, 1, device=far)), [[3], [3]])
-
-
-def noise(model: ir.Model) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(5)
-    return {
-        spec.name: np.asarray(
-            rng.normal(size=(24, *(dim or 2 for dim in spec.shape[1:]))) if spec.shape else True,
-            spec.dtype,
-        )
-        for spec in graph.input_specs(model)
-    }
 
 
 def on_both(

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from layered_models import LAYERED, layered
+from layered_models import LAYERED, layered, noise
 from small_models import build, build_proto
 
 import onnx_attnround
@@ -457,12 +457,7 @@ def test_a_layer_that_is_left_out_is_named() -> None:
 @pytest.mark.parametrize("name", LAYERED)
 def test_models_of_every_shape_go_all_the_way(name: str, tmp_path: Path) -> None:
     model = layered(name)
-    rng = np.random.default_rng(1)
-    feeds = {
-        spec.name: rng.normal(size=(8, *(dim or 2 for dim in spec.shape[1:]))).astype(spec.dtype)
-        if spec.shape else np.asarray(True)
-        for spec in graph.input_specs(model)
-    }  # fmt: skip
+    feeds = noise(model, 8, seed=1)
     out = tmp_path / "out.onnx"
     result = quantize(model, feeds, config(weight_bits=6), output=out)
     assert result.verification is not None

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from layered_models import LAYERED, layered
+from layered_models import LAYERED, layered, noise
 from small_models import build, run
 
 from onnx_attnround import graph, qdq
@@ -112,17 +112,6 @@ def rounded(name: str, **options: Any) -> dict[str, LayerRounding]:
 
 def small(name: str, **options: Any) -> Job:
     return job_of(model := layered(name), noise(model), **options)
-
-
-def noise(model: ir.Model, count: int = 24) -> dict[str, Array]:
-    rng = np.random.default_rng(2)
-    return {
-        spec.name: np.asarray(
-            rng.normal(size=(count, *(dim or 2 for dim in spec.shape[1:]))) if spec.shape else True,
-            spec.dtype,
-        )
-        for spec in graph.input_specs(model)
-    }
 
 
 def weight_of(layer: LayerPlan, rounding: LayerRounding) -> Array:

@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from layered_models import LAYERED, layered
+from layered_models import LAYERED, layered, noise
 from small_models import build
 
 from onnx_attnround import QuantConfig, QuantizeResult, pipeline, quantize, refine
-from onnx_attnround.graph import input_specs, load
+from onnx_attnround.graph import load
 from onnx_attnround.refine import block
 from onnx_attnround.refine.gradients import fake_quantise
 from onnx_attnround.runtime import open_session
@@ -28,17 +28,6 @@ def refined_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few steps, and their outcome kept whatever the outputs of the model say."""
     monkeypatch.setattr(refine, "STEPS", 30)
     monkeypatch.setattr(pipeline, "output_sqnr", lambda *given: 0.0)
-
-
-def feeds(model: ir.Model, count: int = 24) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(2)
-    return {
-        spec.name: np.asarray(
-            rng.normal(size=(count, *(dim or 2 for dim in spec.shape[1:]))) if spec.shape else True,
-            spec.dtype,
-        )
-        for spec in input_specs(model)
-    }
 
 
 def images() -> dict[str, np.ndarray]:
@@ -146,7 +135,7 @@ def test_training_that_goes_wild_is_thrown_away(monkeypatch: pytest.MonkeyPatch)
 def test_any_graph_is_refined_or_says_why_not(name: str) -> None:
     model = layered(name)
     config = QuantConfig(weight_bits=3, act_bits=4, reconstruct="block", steps=5, threads=1)
-    result = quantize(model, feeds(model), config)
+    result = quantize(model, noise(model), config)
     assert result.verification is not None
     skipped = [done for done in result.blocks if done.skipped]
     assert bool(skipped) == (name in ("if", "loop in if"))
@@ -159,7 +148,7 @@ def test_a_layer_without_bias_is_given_one() -> None:
         "{ c = Conv<pads=[1,1,1,1]>(x, w0)  r = Relu(c)  y = Conv<pads=[1,1,1,1]>(r, w1) }"
     )
     config = QuantConfig(weight_bits=2, reconstruct="block", steps=5, threads=1)
-    result = quantize(model, feeds(model), config)
+    result = quantize(model, noise(model), config)
     assert all(done.skipped is None for done in result.blocks)
     assert all(rounding.bias is not None for rounding in result.roundings.values())
 
@@ -170,7 +159,7 @@ def test_layers_that_share_a_weight_are_left_alone() -> None:
         "{ a = MatMul(x, w)  r = Relu(a)  y = MatMul(r, w) }"
     )
     config = QuantConfig(weight_bits=3, reconstruct="block", steps=5, threads=1)
-    result = quantize(model, feeds(model), config)
+    result = quantize(model, noise(model), config)
     assert [done.skipped for done in result.blocks] == ["two layers share a weight"]
 
 
@@ -189,7 +178,7 @@ def test_any_output_will_do(tail: str, why: str | None) -> None:
         f"{{ a = MatMul(x, v)  r = Relu(a)  b = MatMul(r, w)  {tail} }}"
     )
     config = QuantConfig(weight_bits=3, reconstruct="block", steps=5, threads=1)
-    result = quantize(model, feeds(model), config)
+    result = quantize(model, noise(model), config)
     assert result.blocks[-1].skipped == why
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from layered_models import LAYERED, layered
+from layered_models import LAYERED, layered, noise
 from small_models import build
 
 from onnx_attnround import QuantConfig, graph
@@ -95,12 +95,7 @@ def test_what_does_not_reach_the_outputs_costs_little() -> None:
 @pytest.mark.parametrize("name", LAYERED)
 def test_models_of_every_shape(name: str) -> None:
     model = layered(name)
-    rng = np.random.default_rng(1)
-    feeds = {
-        spec.name: rng.normal(size=(8, *(dim or 2 for dim in spec.shape[1:]))).astype(spec.dtype)
-        if spec.shape else np.asarray(True)
-        for spec in graph.input_specs(model)
-    }  # fmt: skip
+    feeds = noise(model, 8, seed=1)
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     errors = measured(model, feeds)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before

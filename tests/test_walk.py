@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from layered_models import LAYERED, layered
+from layered_models import LAYERED, layered, noise
 from small_models import build
 
 from onnx_attnround import qdq, walk
@@ -41,7 +41,7 @@ class Setup:
     def __init__(self, model: ir.Model, **options: Any) -> None:
         config = QuantConfig(weight_bits=4, **options)
         self.model = model
-        self.feeds = feeds(model)
+        self.feeds = noise(model, SAMPLES, seed=1)
         self.samples: Samples = open_samples(self.feeds, input_specs(model))
         self.plan: QuantPlan = make_plan(model, config, quantise_activations=True)
         matrices = {
@@ -84,18 +84,6 @@ class Setup:
         nodes = {node.name: node for node in self.quantised.graph}
         reads = [nodes[layer.node].inputs[0].name for layer in self.plan.layers]
         return [layer.x for layer in self.plan.layers], [packed.get(x, x) for x in reads]
-
-
-def feeds(model: ir.Model) -> dict[str, Array]:
-    rng = np.random.default_rng(1)
-    result = {}
-    for spec in input_specs(model):
-        if spec.shape:
-            data = rng.normal(size=(SAMPLES, *(dim or 2 for dim in spec.shape[1:])))
-            result[spec.name] = np.asarray(data, spec.dtype)
-        else:
-            result[spec.name] = np.asarray(True, spec.dtype)
-    return result
 
 
 def whole(model: ir.Model, names: list[str], samples: Samples) -> list[dict[str, Array]]:
