@@ -21,8 +21,8 @@ from onnx_attnround.errors import (
 )
 
 if TYPE_CHECKING:
-    from onnx_attnround.pareto import trade_off
     from onnx_attnround.pipeline import QuantizeResult, check_model, make_plan, quantize
+    from onnx_attnround.pipeline.trade_off import trade_off
 
 # Else the official builds of ONNX Runtime from 1.29 on report on the models that they run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(pipeline, name)
     if name == "trade_off":
-        from onnx_attnround.pareto import trade_off
+        from onnx_attnround.pipeline.trade_off import trade_off
 
         return trade_off
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

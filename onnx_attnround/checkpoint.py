@@ -29,9 +29,9 @@ from onnx_attnround.calibrate import Calibration
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
 from onnx_attnround.graph import digest_of, model_digest, write_atomic
+from onnx_attnround.graph.scratch import scratch
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
-from onnx_attnround.scratch import scratch
 
 TAKEN = "  (from the work dir)"
 # Settings that change no result that is kept.

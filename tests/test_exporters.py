@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from converted import Feeds, convert, layers
+from checked_conversion import Feeds, convert, layers
 from exported_models import NETWORKS, network
 
 BITS = {8: 30.0, 4: 20.0}  # and the SQNR in dB that random weights reach at least

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from converted import convert, ends, layers, random_samples
+from checked_conversion import convert, ends, layers, random_samples
 from onnx import TensorProto
 from small_models import build, build_proto
 

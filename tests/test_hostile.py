@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from converted import convert, layers
+from checked_conversion import convert, layers
 from onnx import TensorProto
 from small_models import build_proto
 

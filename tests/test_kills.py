@@ -15,7 +15,7 @@ import pytest
 if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
 
-from struck import POINTS, files, kill, prepared, run
+from disturbed_cli import POINTS, files, kill, prepared, run
 
 LEAVES = ("measure", "round", "keep", "refine", "save", "saved", "report")
 """Points at which files are open that a kill leaves behind."""

@@ -10,8 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnx_attnround import QuantConfig, graph, quantize, runtime
-from onnx_attnround.graph import files, saving
+from onnx_attnround import QuantConfig, graph, quantize
+from onnx_attnround.graph import constants, saving
+from onnx_attnround.runtime import session as sessions
 from onnx_attnround.simplify import onnxsim_pass, simplify
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -22,9 +23,9 @@ WEIGHTS_ONLY = {"weight_bits": 4, "act_bits": 32}
 def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every model counts as too large, and every constant."""
     monkeypatch.setattr(saving, "INLINE_LIMIT", 1000)
-    monkeypatch.setattr(files, "SMALL", 0)
+    monkeypatch.setattr(constants, "SMALL", 0)
     monkeypatch.setattr(onnxsim_pass, "LARGE", 0)
-    monkeypatch.setattr(runtime, "LARGE", 0)
+    monkeypatch.setattr(sessions, "LARGE", 0)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
@@ -66,7 +67,7 @@ def test_a_large_model_becomes_what_it_would_if_it_were_small(
 
 def values(model: ir.Model) -> dict[str, bytes]:
     """The constants by name."""
-    return {value.name or "": tensor.tobytes() for value, tensor in files.constants(model)}
+    return {value.name or "": tensor.tobytes() for value, tensor in constants.constants(model)}
 
 
 @pytest.mark.usefixtures("large")

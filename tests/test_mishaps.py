@@ -13,7 +13,7 @@ import pytest
 if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
 
-from struck import RUN, files, limit_files, prepared, run, start
+from disturbed_cli import RUN, files, limit_files, prepared, run, start
 
 WITHOUT_WORK_DIR = RUN[:-2]
 

@@ -14,9 +14,10 @@ import pytest
 from typer.main import get_command
 
 from onnx_attnround import QuantConfig
-from onnx_attnround.__main__ import app, main
+from onnx_attnround.__main__ import main
 from onnx_attnround.calibrate import OBSERVERS
-from onnx_attnround.preprocess import PREPROCESS, Preprocess
+from onnx_attnround.cli.options import app
+from onnx_attnround.samples.preprocess import PREPROCESS, Preprocess
 from onnx_attnround.targets import TARGETS, tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def test_python_examples_run(example: str, models_dir: Path, tmp_path: Path) -> 
 
 def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[Any, QuantConfig]] = []
-    monkeypatch.setattr("onnx_attnround.__main__._run", lambda *given: seen.append(given))
+    monkeypatch.setattr("onnx_attnround.cli.main.run", lambda *given: seen.append(given))
     monkeypatch.chdir(tmp_path)
     for arguments in commands():
         assert main(arguments) == 0

@@ -14,7 +14,7 @@ import pytest
 
 from onnx_attnround import QuantConfig, QuantizeResult, quantize
 from onnx_attnround.graph import save
-from onnx_attnround.runtime import open_session
+from onnx_attnround.runtime.session import open_session
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"

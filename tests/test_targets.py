@@ -17,9 +17,9 @@ from onnx_attnround import graph, quantize
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, ModelError
 from onnx_attnround.plan import make_plan
-from onnx_attnround.quantizer import params_from_range
+from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import QuantSpec
-from onnx_attnround.runtime import open_session
+from onnx_attnround.runtime.session import open_session
 from onnx_attnround.targets import TARGETS, Target, get_target
 
 CONV = "Conv<pads=[1,1,1,1]>"

@@ -19,10 +19,10 @@ from torch import nn
 
 from onnx_attnround import QuantConfig, QuantizeResult, graph, quantize
 from onnx_attnround.__main__ import main
-from onnx_attnround.check import plugin
-from onnx_attnround.quantizer import dequantize, spread
+from onnx_attnround.check import openvino_session
+from onnx_attnround.qdq.arithmetic import dequantize, spread
 from onnx_attnround.records import LayerPlan
-from onnx_attnround.runtime import open_session
+from onnx_attnround.runtime.session import open_session
 from onnx_attnround.simplify import simplify
 
 LAYERS = 8  # of the encoder, all of them matrices
@@ -200,11 +200,12 @@ def test_mixed_bits_keep_their_blocks(folder: Path) -> None:
     assert set(blocks.values()) == {32}
 
 
-@pytest.mark.skipif(not plugin.available(), reason="OpenVINO is not installed")
+@pytest.mark.skipif(not openvino_session.available(), reason="OpenVINO is not installed")
 @pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (8, 32), (3, None)])
 def test_openvino_runs_blocks(bits: int, block: int | None, folder: Path) -> None:
     result = made(encoder(folder), bits, block_size=block, target="openvino", method="nearest")
-    got = plugin.run(plugin.compile_model(result.model, threads=1), {"x": samples()})["y"]
+    compiled = openvino_session.compile_model(result.model, threads=1)
+    got = openvino_session.run(compiled, {"x": samples()})["y"]
     assert decibels(run(result.model, {"x": samples()})[0], got) > COMPUTED
     sizes = Counter(rounding.spec.block_size for rounding in result.roundings.values())
     assert sizes == {None: LAYERS} if block is None else sizes[block] >= LAYERS - 3

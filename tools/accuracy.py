@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnx_attnround import QuantConfig, quantize
-from onnx_attnround.preprocess import load_preprocess
+from onnx_attnround.samples.preprocess import load_preprocess
 
 COLUMNS = "setting", "method", "top-1", "drop", "spread", "agreement", "SQNR dB", "size", "CPU s"
 

@@ -28,9 +28,9 @@ from peers.quality import compare, inspect, run_file
 
 from onnx_attnround.errors import AttnRoundError
 from onnx_attnround.graph import input_specs, load
-from onnx_attnround.preprocess import load_preprocess
-from onnx_attnround.report import versions as installed
+from onnx_attnround.report.document import versions as installed
 from onnx_attnround.samples import Samples, open_samples, read_labels
+from onnx_attnround.samples.preprocess import load_preprocess
 
 SCRIPTS = Path(__file__).parent / "peers"
 CALIBRATION_SAMPLES = 1024

@@ -24,10 +24,10 @@ import numpy as np
 
 from onnx_attnround import QuantConfig, quantize
 from onnx_attnround.graph import input_specs, load
-from onnx_attnround.preprocess import load_preprocess
-from onnx_attnround.report import versions
-from onnx_attnround.runtime import open_session
+from onnx_attnround.report.document import versions
+from onnx_attnround.runtime.session import open_session
 from onnx_attnround.samples import Samples, open_samples, read_labels
+from onnx_attnround.samples.preprocess import load_preprocess
 
 CALIBRATION_SAMPLES = 1024
 CALIBRATION_BATCH = 32
@@ -42,7 +42,10 @@ COLUMNS = (
 
 def main() -> None:
     """Quantise in all ways, measure, print."""
-    for module in ("onnxruntime.quantization.shape_inference", "onnx_attnround.reconstruct"):
+    for module in (
+        "onnxruntime.quantization.shape_inference",
+        "onnx_attnround.reconstruct.layerwise",
+    ):
         importlib.import_module(module)  # now, so that no conversion is charged for it
     options = _options()
     preprocess = load_preprocess(options.preprocess) if options.preprocess else None

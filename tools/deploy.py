@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from onnx_attnround import QuantConfig, QuantizeResult, quantize
-from onnx_attnround.check import plugin
+from onnx_attnround.check import openvino_session
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import input_specs
-from onnx_attnround.preprocess import load_preprocess
 from onnx_attnround.records import Array
-from onnx_attnround.runtime import open_session
+from onnx_attnround.runtime.session import open_session
 from onnx_attnround.samples import open_samples
+from onnx_attnround.samples.preprocess import load_preprocess
 from onnx_attnround.targets import TARGETS, get_target
 
 BATCH, RUNS = 16, 50
@@ -87,17 +87,19 @@ def _cells(options: argparse.Namespace, target: str, storage: str) -> list[str]:
 def _in_openvino(result: QuantizeResult, feeds: list[dict[str, Array]]) -> tuple[str, str, str]:
     """Top-1 agreement with ONNX Runtime, layers with integer kernels, and milliseconds."""
     try:
-        compiled = plugin.compile_model(result.model, threads=1)
+        compiled = openvino_session.compile_model(result.model, threads=1)
     except ModelError:
         return "refused", "–", "–"
     session = open_session(result.model, threads=1, optimise=False)
-    same = [_same(session.run(None, feed)[0], plugin.run(compiled, feed)) for feed in feeds]
+    same = [
+        _same(session.run(None, feed)[0], openvino_session.run(compiled, feed)) for feed in feeds
+    ]
     times = []
     for feed in islice(feeds * RUNS, RUNS):
         start = time.perf_counter()
-        plugin.run(compiled, feed)
+        openvino_session.run(compiled, feed)
         times.append(time.perf_counter() - start)
-    integer = plugin.integer_kernels(compiled)
+    integer = openvino_session.integer_kernels(compiled)
     return (
         f"{np.concatenate(same).mean():.2%}",
         f"{len(integer)} of {len(result.plan.layers)}",

@@ -20,13 +20,17 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from onnx_attnround import QuantConfig, allocate, graph, quantize, rounding, sensitivity
-from onnx_attnround.objective import Objective, refit_scale
-from onnx_attnround.pipeline import Loaded, Prepared, QuantizeResult, Run, finish, prepare
-from onnx_attnround.preprocess import load_preprocess
+from onnx_attnround import QuantConfig, graph, quantize
+from onnx_attnround.pipeline import Loaded, Prepared, QuantizeResult, finish, prepare
+from onnx_attnround.pipeline.context import Run
+from onnx_attnround.plan import bits as allocation
+from onnx_attnround.reconstruct import sensitivity
 from onnx_attnround.records import LayerErrors, LayerPlan
-from onnx_attnround.rounding import attention_codes, descend
+from onnx_attnround.rounding import methods
+from onnx_attnround.rounding.methods import attention_codes, descend
+from onnx_attnround.rounding.objective import Objective, refit_scale
 from onnx_attnround.samples import open_samples
+from onnx_attnround.samples.preprocess import load_preprocess
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -66,9 +70,9 @@ def compare_rounding(options: argparse.Namespace, bits: float) -> None:
             seconds[label] += time.process_time() - start
             excess = (problem.loss(codes, final) - optimum).sum()
             gains[label].append(10 * float(torch.log10(excess / nearest)))
-        return rounding.round_attention(problem, scale, steps, generator)
+        return methods.round_attention(problem, scale, steps, generator)
 
-    rounding.ROUNDERS["recorder"] = recorder
+    methods.ROUNDERS["recorder"] = recorder
     settings = QuantConfig(weight_bits=int(bits)).model_copy(update={"method": "recorder"})
     preprocess = load_preprocess(options.preprocess) if options.preprocess else None
     quantize(options.model, options.calib, settings, preprocess=preprocess)
@@ -90,7 +94,7 @@ def _variants(
     yield "nearest", lambda: (nearest, scale)
     yield (
         f"AdaRound, {10 * steps} steps",
-        lambda: rounding.round_adaround(problem, scale, steps, generator()),
+        lambda: methods.round_adaround(problem, scale, steps, generator()),
     )
     yield "greedy descent from nearest", lambda: (descend(problem, nearest, scale), scale)
     yield f"Attention Round, {steps} steps", lambda: (learned(steps), scale)
@@ -120,9 +124,9 @@ def _refitted(problem: Objective, scale: torch.Tensor, codes: torch.Tensor, time
 
 
 def _resampled(problem: Objective, scale: torch.Tensor, steps: int, draws: int) -> Pair:
-    usual, rounding.RESAMPLES = rounding.RESAMPLES, draws
-    solved = rounding.round_attention(problem, scale, steps, torch.Generator().manual_seed(0))
-    rounding.RESAMPLES = usual
+    usual, methods.RESAMPLES = methods.RESAMPLES, draws
+    solved = methods.round_attention(problem, scale, steps, torch.Generator().manual_seed(0))
+    methods.RESAMPLES = usual
     return solved
 
 
@@ -182,10 +186,10 @@ def _allocations(
         width = {"mean_bits": None, "weight_bits": int(usual.mean_bits)}
         yield "uniform", usual.model_copy(update=width), None
     yield "coding length (the default)", by("coding-length"), None
-    allocate.ALLOCATORS.update({"clusters": _by_clusters, "size": _by_size})
-    share, allocate.DISTORTION = allocate.DISTORTION, 4.0**-2
+    allocation.ALLOCATORS.update({"clusters": _by_clusters, "size": _by_size})
+    share, allocation.DISTORTION = allocation.DISTORTION, 4.0**-2
     yield "… with a distortion of 4⁻²", by("coding-length"), None
-    allocate.DISTORTION = share
+    allocation.DISTORTION = share
     yield "coding length in clusters", by("clusters"), None
     yield "size of the layer alone", by("size"), None
     yield "Gram error of the layer alone", usual, _without_reach(prepared, usual)
@@ -210,7 +214,7 @@ def _most_to_gain(prepared: Prepared, config: QuantConfig) -> float:
 def _without_reach(prepared: Prepared, config: QuantConfig) -> LayerErrors | None:
     """Errors of the layers' own outputs, as if all reached the model's alike."""
     reach, probe = sensitivity._Probe.error, sensitivity._Probe
-    probe.error = lambda self, layer, rounding: rounding.mse_final  # type: ignore[method-assign]
+    probe.error = lambda self, layer, rounding: methods.mse_final  # type: ignore[method-assign]
     samples = prepared.given.samples
     if samples is None:
         raise SystemExit("no samples: nothing to measure")
@@ -227,7 +231,7 @@ def _by_size(
     """As if all layers were alike but for their size: the least sum of errors under a budget."""
     sizes = [layer.parameters for layer in layers]
     rates = [-0.5 * float(np.log2(size)) for size in sizes]
-    return allocate.under_budget(rates, sizes, config.bit_choices, config.mean_bits or 0.0)
+    return allocation.under_budget(rates, sizes, config.bit_choices, config.mean_bits or 0.0)
 
 
 def _by_clusters(

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from onnx_attnround.check import plugin
+from onnx_attnround.check import openvino_session
 from onnx_attnround.graph import input_specs, load
-from onnx_attnround.preprocess import load_preprocess
 from onnx_attnround.records import Array
-from onnx_attnround.runtime import open_session
+from onnx_attnround.runtime.session import open_session
 from onnx_attnround.samples import open_samples
+from onnx_attnround.samples.preprocess import load_preprocess
 
 Run = Callable[[Mapping[str, Array]], Any]
 
@@ -63,8 +63,8 @@ def _options() -> argparse.Namespace:
 
 def _open(path: Path, runtime: str, threads: int) -> Run:
     if runtime == "openvino":
-        compiled = plugin.compile_model(load(path), threads=threads)
-        return lambda feeds: plugin.run(compiled, feeds)
+        compiled = openvino_session.compile_model(load(path), threads=threads)
+        return lambda feeds: openvino_session.run(compiled, feeds)
     session = open_session(path, threads=threads)
     return lambda feeds: session.run(None, dict(feeds))
 

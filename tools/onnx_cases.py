@@ -290,7 +290,7 @@ def _compare(
     source: Path, target: Path, feeds: Sequence[Feeds], quantised: set[str]
 ) -> tuple[str, str]:
     from onnx_attnround import AttnRoundError
-    from onnx_attnround.runtime import open_session
+    from onnx_attnround.runtime.session import open_session
 
     expected, again = open_session(source, threads=1), open_session(source, threads=1)
     try:

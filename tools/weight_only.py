@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from train_models import BATCH, CALIBRATION, SEED, Array, Digits, augment, digits, export
 
 from onnx_attnround import QuantConfig, quantize
-from onnx_attnround.runtime import open_session
+from onnx_attnround.runtime.session import open_session
 
 EPOCHS = 40
 WIDTH, HEADS, HIDDEN, DEPTH = 128, 4, 512, 4

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from onnx_attnround import gram, moments
-from onnx_attnround import objective as objectives
 from onnx_attnround.records import LayerPlan, QuantSpec
-from onnx_attnround.rounding import solve
+from onnx_attnround.rounding import gram, moments
+from onnx_attnround.rounding import objective as objectives
+from onnx_attnround.rounding.methods import solve
 
 OUTPUTS, INPUTS, TRAIN = 32, 256, 768
 LAYER = LayerPlan(

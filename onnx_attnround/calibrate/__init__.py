@@ -11,9 +11,9 @@ import onnxruntime as ort
 from onnx_attnround.calibrate.observers import OBSERVERS, Observer
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ModelError
-from onnx_attnround.quantizer import params_from_range
+from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, Event, QuantParams, QuantSpec, TensorStats
-from onnx_attnround.runtime import first_line, open_session
+from onnx_attnround.runtime.session import first_line, open_session
 from onnx_attnround.samples import Feeds, Samples
 
 __all__ = ["OBSERVERS", "Calibration", "Observer", "calibrate"]

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from onnx_attnround.errors import CalibrationError
-from onnx_attnround.quantizer import params_from_range
+from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams, QuantSpec, TensorStats
 
 BINS = 2048

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnx_attnround.check import openvino, ort, plugin, qnn, tensorrt
+from onnx_attnround.check import openvino, openvino_session, ort, qnn, tensorrt
+from onnx_attnround.check.execution import find_faults, made_up_feed
 from onnx_attnround.check.fusion import Fusion, expected_fusion, find_fusion
 from onnx_attnround.check.rules import Finding, Rule, apply
-from onnx_attnround.check.running import find_faults, made_up_feed
 from onnx_attnround.check.versions import oldest_onnxruntime
 from onnx_attnround.check.view import View
 from onnx_attnround.errors import ModelError
@@ -68,7 +68,7 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
     view = View(model, target)
     findings = apply(RULES[target.runtime], view)
     runs = target.runtime == "onnxruntime" or (
-        target.runtime == "openvino" and plugin.available()
+        target.runtime == "openvino" and openvino_session.available()
     )
     try:
         fusion = find_fusion(view)

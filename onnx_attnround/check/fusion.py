@@ -12,13 +12,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnx_attnround.check import plugin
-from onnx_attnround.check.reasons import reason
+from onnx_attnround.check import openvino_session
 from onnx_attnround.check.view import DEQUANTISE, Layer, View
+from onnx_attnround.check.why_float import reason
 from onnx_attnround.errors import ModelError, OutputError
+from onnx_attnround.graph.scratch import scratch
 from onnx_attnround.ops import count_macs
-from onnx_attnround.runtime import open_session
-from onnx_attnround.scratch import scratch
+from onnx_attnround.runtime.session import open_session
 
 # The weighted ops that ONNX Runtime's fusions leave where a layer runs in integer.
 INTEGER_OPS = frozenset({
@@ -61,7 +61,7 @@ class Fusion:
 def find_fusion(view: View) -> Fusion:
     """How the target's runtime runs each layer; raises ``ModelError`` if it refuses the model."""
     seen = _SEEN.get(view.target.runtime)
-    if seen is None or (view.target.runtime == "openvino" and not plugin.available()):
+    if seen is None or (view.target.runtime == "openvino" and not openvino_session.available()):
         return expected_fusion(view)
     runtime, kernels = seen(view)
     return _fusion(view, runtime, kernels, measured=True)
@@ -136,15 +136,15 @@ def _seen_by_ort(view: View) -> tuple[str, dict[str, str]]:
 
 def _seen_by_openvino(view: View) -> tuple[str, dict[str, str]]:
     """Kernels of the layers, by the types of what OpenVINO chose."""
-    compiled = plugin.compile_model(view.model)
-    kernels = {bits: plugin.integer_kernels(compiled, bits=bits) for bits in (4, 8)}
+    compiled = openvino_session.compile_model(view.model)
+    kernels = {bits: openvino_session.integer_kernels(compiled, bits=bits) for bits in (4, 8)}
     found = {
         layer.name: kernel
         for layer in view.layers
         for kernel, origins in kernels[4 if layer.x is None else 8]
         if _origins(layer) & origins
     }
-    return f"OpenVINO {plugin.version()}", found
+    return f"OpenVINO {openvino_session.version()}", found
 
 
 def _origins(layer: Layer) -> set[str]:

@@ -8,7 +8,8 @@ model that it is given, but for ``name_nodes`` and the target of
 
 from __future__ import annotations
 
-from onnx_attnround.graph.content import digest_of, model_digest
+from onnx_attnround.graph.constants import in_files
+from onnx_attnround.graph.digest import digest_of, model_digest
 from onnx_attnround.graph.editing import (
     copy_signature,
     in_memory,
@@ -21,7 +22,6 @@ from onnx_attnround.graph.editing import (
     through_proto,
     with_outputs,
 )
-from onnx_attnround.graph.files import constants, in_files
 from onnx_attnround.graph.loading import load
 from onnx_attnround.graph.opset import least_ir_version, raise_opset
 from onnx_attnround.graph.saving import (
@@ -35,7 +35,6 @@ from onnx_attnround.graph.saving import (
 
 __all__ = [
     "check_output",
-    "constants",
     "copy_signature",
     "digest_of",
     "fits_inline",

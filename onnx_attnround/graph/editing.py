@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph.files import SMALL, constants, held
+from onnx_attnround.graph.constants import SMALL, constants, held
 from onnx_attnround.records import Array, InputSpec
 
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from onnx_attnround.errors import ModelError
+from onnx_attnround.graph.constants import FileTensor
 from onnx_attnround.graph.editing import name_nodes, reason
-from onnx_attnround.graph.files import FileTensor
 
 
 def load(path: Path) -> ir.Model:

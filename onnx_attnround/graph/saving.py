@@ -13,10 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError, OutputError
-from onnx_attnround.graph.content import model_digest
-from onnx_attnround.graph.files import constants, held
+from onnx_attnround.graph.constants import constants, held
+from onnx_attnround.graph.digest import model_digest
 from onnx_attnround.graph.loading import parse
-from onnx_attnround.scratch import scratch
+from onnx_attnround.graph.scratch import scratch
 
 INLINE_LIMIT = 1_800_000_000
 """Bytes of constants above which they go to a file of their own (protobuf ends at 2 GiB)."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from onnx_attnround.errors import CalibrationError
-from onnx_attnround.preprocess import Preprocess, load_preprocess
 from onnx_attnround.records import Array, InputSpec
-from onnx_attnround.samples.parts import Part, part_of
+from onnx_attnround.samples.matching import Part, part_of
+from onnx_attnround.samples.preprocess import Preprocess, load_preprocess
 from onnx_attnround.samples.sources import feeds_of
 from onnx_attnround.samples.streams import Feeds, length, listed, npz, rows_of
 

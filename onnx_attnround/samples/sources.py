@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 
 from onnx_attnround.errors import CalibrationError
-from onnx_attnround.preprocess import Preprocess
 from onnx_attnround.records import Array, InputSpec
+from onnx_attnround.samples.preprocess import Preprocess
 from onnx_attnround.samples.streams import (
     Found,
     Stream,

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from onnx_attnround.errors import CalibrationError
-from onnx_attnround.preprocess import pixels
 from onnx_attnround.records import Array
+from onnx_attnround.samples.preprocess import pixels
 
 Feeds = dict[str, Array]
 

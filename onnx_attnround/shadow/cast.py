@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.quantizer import dequantize, quantize
+from onnx_attnround.qdq.arithmetic import dequantize, quantize
 from onnx_attnround.shadow.common import Attributes, Inputs, Op, optional, torch_dtype
 
 _CODES = (torch.int8, torch.uint8, torch.int16, torch.uint16)

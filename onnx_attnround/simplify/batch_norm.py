@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.graph import is_read_once
-from onnx_attnround.quantizer import channel_view
+from onnx_attnround.qdq.arithmetic import channel_view
 from onnx_attnround.records import Array
 from onnx_attnround.simplify.constants import constant, replace_constant, take_over_output
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnx_attnround.errors import AttnRoundError, ModelError, OutputError
 from onnx_attnround.records import Array
-from onnx_attnround.runtime import first_line, open_session
+from onnx_attnround.runtime.session import first_line, open_session
 
 Feed = Mapping[str, Array]
 Outputs = Mapping[str, Any]

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 
 from onnx_attnround.check.fusion import INTEGER_OPS
-from onnx_attnround.runtime import open_session
+from onnx_attnround.runtime.session import open_session
 
 FLOAT_OPS = frozenset({
     "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul",

@@ -1,0 +1,147 @@
+"""Running a file: it must load and run, and give what its nodes say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_attnround.check import openvino_session
+from onnx_attnround.check.rules import Finding
+from onnx_attnround.check.view import View
+from onnx_attnround.errors import ModelError
+from onnx_attnround.graph import input_specs
+from onnx_attnround.records import Array
+from onnx_attnround.runtime.session import first_line, open_session
+
+LEAST_SQNR = 3.0  # dB; below, the output of the optimised model is another one
+ROUNDING = 1e-6  # relative: some roundings of float32, as fused sums differ from those of nodes
+RUNS = 3  # with the scales changed so
+FACTOR = 2.0  # between what these runs show and what is found: magnitudes, squared distances
+_WHOLE = "(model)"
+
+Feed = Mapping[str, Array]
+
+
+def made_up_feed(model: ir.Model) -> dict[str, Array] | None:
+    """One sample of noise, zeros for integers; ``None`` where a shape must be known."""
+    feed: dict[str, Array] = {}
+    rng = np.random.default_rng(0)
+    for spec in input_specs(model):
+        if any(size is None for size in spec.shape[1:]):
+            return None
+        shape = [size or 1 for size in spec.shape]
+        noise = rng.normal(size=shape) if spec.dtype.kind == "f" else np.zeros(shape)
+        feed[spec.name] = np.asarray(noise, spec.dtype)
+    return feed
+
+
+def find_faults(view: View, feed: Feed) -> Iterator[Finding]:
+    """Whether the runtime, as it optimises the model, computes what the nodes say."""
+    try:
+        if view.target.runtime == "openvino" and openvino_session.available():
+            found = openvino_session.run(openvino_session.compile_model(view.model), feed)
+        else:
+            found = _run_ort(view, view.model, feed, optimise=True)
+    except ModelError as error:
+        yield Finding(rule="does-not-run", node=_WHOLE, why=str(error), refused=True)
+        return
+    try:
+        wanted = _run_ort(view, view.model, feed, optimise=False)
+    except ModelError:  # some kernels exist only for what the optimiser makes
+        return
+    yield from _differences(view, feed, wanted, found)
+
+
+def _differences(
+    view: View, feed: Feed, wanted: Mapping[str, Array], found: Mapping[str, Array]
+) -> Iterator[Finding]:
+    """Outputs of the optimised model that are others than wanted, parted by what they hang on."""
+    off = {name: sqnr for name, sqnr in _sqnrs(wanted, found).items() if sqnr < LEAST_SQNR}
+    if not off:
+        return
+    runs = [wanted, *(_run_ort(view, model, feed, optimise=False) for model in _rounded(view))]
+    for name, sqnr in off.items():
+        if _is_one_of(found[name], [run[name] for run in runs]):
+            why = "it hangs on the last bits of float32: it is not known to be right"
+            yield Finding(rule="chaotic-output", node=f"(output {name})", why=why, refused=False)
+        else:
+            why = f"the optimised model computes something else: {sqnr:.1f} dB from the nodes' own"
+            yield Finding(rule="wrong-output", node=f"(output {name})", why=why, refused=True)
+
+
+def _is_one_of(found: Array, runs: Sequence[Array]) -> bool:
+    """Whether ``found`` could be one more of ``runs``, which differ by roundings alone.
+
+    Then it is finite, of their shape, about of their size, and about as close to one of them
+    as they are to each other. Distances alone do not tell zeros from an even
+    distribution: both are as far from one that has a single peak.
+    """
+    alike = [
+        run.astype(np.float64)
+        for run in runs
+        if run.shape == found.shape and np.isfinite(run).all() and np.isfinite(found).all()
+    ]
+    sums = [float(np.abs(run).sum()) for run in alike]
+    size = float(np.abs(found).sum(dtype=np.float64))
+    near = min((_square(found - run) for run in alike), default=math.inf)
+    apart = max((_square(one - other) for one, other in combinations(alike, 2)), default=0.0)
+    as_large = any(total / FACTOR <= size <= total * FACTOR for total in sums)
+    return as_large and near <= apart * FACTOR
+
+
+def _rounded(view: View) -> Iterator[ir.Model]:
+    """A copy, time and again with the scales of its weights changed at random by some roundings."""
+    copy, rng = View(view.model, view.target), np.random.default_rng(0)
+    for _ in range(RUNS):
+        for link in copy.links:
+            graph, scale = link.node.graph, link.scale
+            if link.stored is not None and scale is not None and graph is not None:
+                node = ir.node("Constant", [], {"value": ir.tensor(_some_roundings(scale, rng))})
+                graph.insert_before(link.node, node)
+                link.node.replace_input_with(1, node.outputs[0])
+        yield copy.model
+
+
+def _some_roundings(scale: Array, rng: np.random.Generator) -> Array:
+    """None is lost: in 16 bits, a change is of one step or two."""
+    step = max(ROUNDING, float(np.finfo(scale.dtype).eps))
+    change = step * rng.uniform(1, 2, scale.shape) * rng.choice((-1, 1), scale.shape)
+    return np.asarray(scale * (1 + change), scale.dtype)
+
+
+def _run_ort(view: View, model: ir.Model, feed: Feed, *, optimise: bool) -> dict[str, Array]:
+    """The outputs of ``model``, that of ``view`` or a copy, by name."""
+    signed = view.target.runtime == "onnxruntime" and view.target.activation_signed
+    session = open_session(model, optimise=optimise, signed_activations=signed)
+    names = [output.name for output in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, dict(feed)), strict=True))
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+        raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
+
+
+def _sqnrs(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> dict[str, float]:
+    return {name: _sqnr(values, found[name]) for name, values in wanted.items()}
+
+
+def _sqnr(wanted: Array, found: Array) -> float:
+    """Signal over error in dB; infinite for what is no tensor of floats, or is all zero."""
+    if not isinstance(wanted, np.ndarray) or wanted.dtype.kind != "f":
+        return math.inf
+    if wanted.shape != np.shape(found):
+        return -math.inf
+    finite = np.isfinite(wanted)
+    reference = wanted[finite].astype(np.float64)
+    signal, noise = _square(reference), _square(found[finite] - reference)
+    if not math.isfinite(noise):
+        return -math.inf
+    return 10 * (math.log10(signal) - math.log10(noise)) if signal and noise else math.inf
+
+
+def _square(values: Array) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.square(values).sum())

@@ -1,0 +1,1 @@
+"""The command line: its options, one run of it, its progress, and the process around it."""

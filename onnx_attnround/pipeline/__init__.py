@@ -1,0 +1,476 @@
+"""From a float model to a checked QDQ file: the stages, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnx_attnround import graph, qdq
+from onnx_attnround.calibrate import Calibration, calibrate
+from onnx_attnround.check import Checked, check
+from onnx_attnround.checkpoint import TAKEN, check_work_dir, open_checkpoint
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import GateError, ModelError, OutputError
+from onnx_attnround.ops import weight_matrix
+from onnx_attnround.pipeline.context import OnEvent, Run
+from onnx_attnround.pipeline.memory_limit import within_limit
+from onnx_attnround.pipeline.open_inputs import check_samples, open_calibration, open_evaluation
+from onnx_attnround.plan import make_plan as plan_model
+from onnx_attnround.plan.bits import allocate, measures
+from onnx_attnround.plan.split_inputs import part_inputs
+from onnx_attnround.records import (
+    Array,
+    BitAllocation,
+    BlockRounding,
+    Event,
+    LayerErrors,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+)
+from onnx_attnround.runtime.session import custom_ops, open_session
+from onnx_attnround.samples import Samples, open_samples
+from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.simplify import simplify
+from onnx_attnround.targets import get_target
+from onnx_attnround.verify import (
+    Verification,
+    check_gates,
+    check_labels,
+    output_sqnr,
+    slower_note,
+    verify,
+)
+
+CHECKED_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeResult:
+    """What a run made and measured.
+
+    ``roundings`` are keyed by node name; ``blocks`` is empty without block reconstruction.
+    """
+
+    model: ir.Model
+    plan: QuantPlan
+    allocation: BitAllocation
+    roundings: Mapping[str, LayerRounding]
+    blocks: tuple[BlockRounding, ...]
+    checked: Checked
+    verification: Verification | None
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def make_plan(
+    model: Path | str | ir.Model, config: QuantConfig | Mapping[str, Any] | None = None
+) -> tuple[QuantPlan, BitAllocation]:
+    """What :func:`quantize` would quantise, and with how many bits; runs nothing."""
+    config = QuantConfig.of(config)
+    simplified, _ = simplify(_load(model))
+    simplified, plan = _plan(simplified, config, quantise_activations=True)
+    return plan, _allocate(simplified, plan, config, None)
+
+
+def quantize(
+    model: Path | str | ir.Model,
+    calibration: object = None,
+    config: QuantConfig | Mapping[str, Any] | None = None,
+    *,
+    output: Path | str | None = None,
+    evaluation: Path | str | None = None,
+    preprocess: Preprocess | str | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> QuantizeResult:
+    """Quantise a float model to standard QDQ, verify it, and write it to ``output``.
+
+    ``calibration`` is anything that ``samples.open_samples`` reads: a path, an
+    array, a mapping of input names to arrays. Without it, ONNX
+    ``test_data_set_*`` beside the model are used, if they hold 16 samples or more; else
+    only weights are quantised, to nearest. ``evaluation`` are samples to verify on, with
+    ``labels`` for top-1.
+    ``preprocess`` turns images into inputs: a name or a file, as for ``--preprocess``.
+    ``config`` may be a mapping of the keys of ``QuantConfig``.
+
+    Raises an :class:`AttnRoundError` (``errors.py``) on any bad input; a missed
+    gate raises ``GateError`` with the result as its ``result``, and leaves no file.
+    """
+    config = QuantConfig.of(config)
+    run = Run(config, on_event)
+    if output is not None:
+        graph.check_output(Path(output), source_of(model))
+    given = load(run, model, calibration, evaluation, preprocess)
+    result = finish(run, prepare(run, given), output)
+    run.checkpoint.remove()
+    return result
+
+
+def check_model(
+    model: Path | str | ir.Model,
+    config: QuantConfig | Mapping[str, Any] | None = None,
+    calibration: object = None,
+    *,
+    preprocess: Preprocess | str | None = None,
+) -> Checked:
+    """Check a quantised model of any origin against the rules of ``config.target``.
+
+    It is run on the first samples of ``calibration``, if given; else on noise,
+    where its shapes are known. Raises ``ModelError`` if the file cannot be read.
+    """
+    config = QuantConfig.of(config)
+    loaded = _load(model)
+    with custom_ops(config.custom_op_library):
+        feed = None
+        if calibration is not None:
+            specs = graph.input_specs(loaded)
+            samples = open_samples(calibration, specs, limit=config.samples, preprocess=preprocess)
+            feed = next(samples.batches(CHECKED_SAMPLES))
+        return check(loaded, get_target(config.target), feed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The model, from ``source`` if that is a file, and the samples that came with it."""
+
+    source: Path | None
+    original: ir.Model
+    samples: Samples | None
+    evaluation: Samples | None
+    labels: Array | None
+
+    @property
+    def judged_on(self) -> Samples | None:
+        """Samples that layers and speed are compared on."""
+        return self.samples or self.evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What any bits of the layers need; ``errors`` are those that the allocator asks for."""
+
+    given: Loaded
+    simplified: ir.Model
+    plan: QuantPlan
+    ranges: Calibration
+    errors: LayerErrors | None
+
+
+def load(
+    run: Run,
+    model: Path | str | ir.Model,
+    calibration: object,
+    evaluation: Path | str | None,
+    preprocess: Preprocess | str | None,
+) -> Loaded:
+    """Open model and samples, and judge whether they are what the config needs."""
+    source = source_of(model)
+    if run.config.device != "cpu":
+        from onnx_attnround.runtime.device import open_device  # with torch: takes a second
+
+        open_device(run.config.device)  # judges whether there is one
+    if run.config.work_dir is not None:
+        check_work_dir(run.config.work_dir)
+    with run.stage("load"):
+        original = _load(model)
+        samples = open_calibration(
+            source, calibration, original, preprocess, run.config, run.notes
+        )
+        held_out, labels = open_evaluation(evaluation, original, preprocess, run.notes)
+        check_labels(labels, held_out, original)
+        check_samples(run.config, samples, held_out)
+        run.notes += run.config.idle()
+        if samples is None and run.config.device != "cpu":
+            run.notes.append("option 'device' has no effect: there are no samples")
+    return Loaded(
+        source=source, original=original, samples=samples, evaluation=held_out, labels=labels
+    )
+
+
+def prepare(run: Run, given: Loaded) -> Prepared:
+    """The stages that do not depend on the bits of the layers."""
+    samples = given.samples
+    if run.config.work_dir is not None and samples is not None:
+        with run.stage("resume"):
+            run.checkpoint = open_checkpoint(
+                run.config.work_dir, given.original, samples, run.config
+            )
+    with run.stage("simplify"):
+        simplified, changes = simplify(given.original)
+        run.notes += changes
+    with run.stage("plan"):
+        simplified, plan = _plan(simplified, run.config, quantise_activations=samples is not None)
+        given = _within_limit(run, given, simplified, plan)
+        samples = given.samples
+    with run.stage("calibrate"):
+        ranges = _calibrate(run, simplified, plan, samples)
+    errors = _measure(run, simplified, plan, samples)
+    return Prepared(given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors)
+
+
+def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeResult:
+    """The stages from the bits of ``run.config`` on; raises ``GateError`` as :func:`quantize`."""
+    plan = prepared.plan
+    _within_limit(run, prepared.given, prepared.simplified, plan)
+    config = run.config
+    allocation = _allocate(prepared.simplified, plan, config, prepared.errors)
+    with run.stage("round"):
+        roundings = _round(run, prepared, allocation)
+    roundings, params, blocks = _refine(run, prepared, roundings)
+    run.notes += _unblocked(plan, roundings, config.block_size)
+    with run.stage("write"):
+        storages = plan.target.storages(blocks=config.block_size is not None)
+        storage = config.weight_storage or storages[0]
+        quantised = qdq.insert(prepared.simplified, plan, params, roundings, storage)
+        _add_provenance(quantised, config, allocation)
+    with run.stage("check"):
+        checked = _check(quantised, plan, prepared.given.judged_on)
+    with run.stage("verify"):
+        verification = _verify(run, prepared, quantised)
+    if verification is not None and plan.target.runtime == "onnxruntime":
+        run.notes += slower_note(verification.latency, checked.fusion)
+    result = QuantizeResult(
+        model=quantised,
+        plan=plan,
+        allocation=allocation,
+        roundings=roundings,
+        blocks=blocks,
+        checked=checked,
+        verification=verification,
+        notes=(*run.notes, *_taken(run)),
+        seconds=run.seconds,
+    )
+    _check_gates(result, config)
+    if output is not None:
+        graph.save(quantised, Path(output), source=prepared.given.source)
+    return result
+
+
+def _taken(run: Run) -> Iterator[str]:
+    """What the run did not have to do, because an earlier one had done it."""
+    if taken := run.checkpoint.taken:
+        found = ", ".join(f"{stage} {count}" for stage, count in taken.items())
+        yield f"results taken from '{run.config.work_dir}': {found}"
+
+
+def source_of(model: Path | str | ir.Model) -> Path | None:
+    """The file of the model, ``None`` if it is in memory; ``ModelError`` for anything else."""
+    if isinstance(model, ir.Model):
+        return None
+    if not isinstance(model, str | PathLike):
+        raise ModelError(
+            f"the model is of type {type(model).__name__}, expected a path or an onnx_ir.Model; "
+            "onnx_ir.from_proto makes one of an onnx.ModelProto"
+        )
+    return Path(model)
+
+
+def _load(model: Path | str | ir.Model) -> ir.Model:
+    if isinstance(model, ir.Model):
+        return model
+    source_of(model)  # judges the type
+    return graph.load(Path(model))
+
+
+def _plan(
+    model: ir.Model, config: QuantConfig, *, quantise_activations: bool
+) -> tuple[ir.Model, QuantPlan]:
+    """The plan, and the model that it is for, whose layers may read tensors of their own."""
+    plan = plan_model(model, config, quantise_activations=quantise_activations)
+    parted = part_inputs(model, plan, config) if quantise_activations else model
+    if parted is not model:
+        plan = plan_model(parted, config, quantise_activations=True)
+    return parted, plan
+
+
+def _within_limit(run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan) -> Loaded:
+    """Let the run take no more memory than its limit; the samples in batches as that allows."""
+    if (limit := run.config.memory_limit) is None:
+        return given
+    models = given.original, simplified
+    run.config = within_limit(limit, run.config, models, plan, given.judged_on)
+    most = run.config.batch_size
+    return replace(
+        given,
+        samples=given.samples and given.samples.at_most(most),
+        evaluation=given.evaluation and given.evaluation.at_most(most),
+    )
+
+
+def _allocate(
+    model: ir.Model, plan: QuantPlan, config: QuantConfig, errors: LayerErrors | None
+) -> BitAllocation:
+    layers = {layer.node: layer for layer in plan.layers}
+
+    def matrix(node: str) -> Array:
+        return weight_matrix(layers[node], graph.tensor_value(model, layers[node].weight))
+
+    return allocate(plan.layers, matrix, config, errors)
+
+
+def _calibrate(
+    run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
+) -> Calibration:
+    if samples is None:
+        return Calibration(stats={}, params={})
+    kept: Calibration | None = run.checkpoint.get("calibrate")
+    if kept is not None:
+        count, detail = samples.count, f"samples{TAKEN}"
+        run.on_event(Event(stage="calibrate", done=count, total=count, detail=detail))
+        return kept
+    found = calibrate(
+        model,
+        plan.activations,
+        samples,
+        run.config,
+        same_range=plan.same_range,
+        on_event=run.on_event,
+    )
+    run.checkpoint.put(found, "calibrate")
+    return found
+
+
+def _measure(
+    run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
+) -> LayerErrors | None:
+    """The errors of the layers by their bits, if the allocator asks for them."""
+    if samples is None or not measures(run.config):
+        return None
+    from onnx_attnround.reconstruct.sensitivity import layer_errors  # with torch: takes a second
+
+    with run.stage("measure"):
+        return layer_errors(model, plan, samples, run.config, run.on_event, run.checkpoint)
+
+
+def _round(run: Run, prepared: Prepared, allocation: BitAllocation) -> dict[str, LayerRounding]:
+    from onnx_attnround.reconstruct.layerwise import (
+        round_layers,
+        round_plain,
+    )  # with torch: takes a second
+
+    model, plan, params = prepared.simplified, prepared.plan, prepared.ranges.params
+    samples = prepared.given.samples
+    if samples is None:
+        return round_plain(model, plan, params, allocation)
+    return round_layers(
+        model, plan, params, allocation, samples, run.config, run.on_event, run.checkpoint
+    )
+
+
+def _refine(
+    run: Run, prepared: Prepared, roundings: dict[str, LayerRounding]
+) -> tuple[dict[str, LayerRounding], Mapping[str, QuantParams], tuple[BlockRounding, ...]]:
+    """Roundings, activation parameters and records of the blocks, refined where that is asked.
+
+    What was refined is kept if the model's outputs gain over all samples: each block
+    gains on its own outputs, yet the errors of several may add up behind them.
+    """
+    params, samples = prepared.ranges.params, prepared.given.samples
+    if samples is None or run.config.reconstruct == "layer":
+        return roundings, params, ()
+    from onnx_attnround.reconstruct.blockwise import refine_blocks
+
+    model, plan = prepared.simplified, prepared.plan
+    with run.stage("refine"):
+        refined = refine_blocks(
+            model, plan, params, roundings, samples, run.config, run.on_event, run.checkpoint
+        )
+        before, after = (
+            output_sqnr(model, qdq.insert(model, plan, *made, "int8"), samples, run.config.threads)
+            for made in ((params, roundings), (refined.params, refined.roundings))
+        )
+    run.notes += [
+        f"block {block.nodes[0]} … {block.nodes[-1]}: {block.summary}"
+        for block in refined.blocks
+        if block.skipped
+    ]
+    if after < before:
+        run.notes.append(
+            f"blocks: kept as they were rounded layer by layer, since refined they took the "
+            f"outputs from {before:.1f} dB to {after:.1f} dB"
+        )
+        return roundings, params, ()
+    return refined.roundings, refined.params, tuple(refined.blocks)
+
+
+def _unblocked(
+    plan: QuantPlan, roundings: Mapping[str, LayerRounding], size: int | None
+) -> list[str]:
+    """Which layers have no blocks of scales, although they were asked for: a note a reason."""
+    nodes: dict[str, list[str]] = {}
+    for node, rounding in roundings.items():
+        if size is not None and rounding.spec.block_size is None:
+            nodes.setdefault(plan.unblocked.get(node, "too many bits for them"), []).append(node)
+    return [f"no blocks of {size}, {why}: {', '.join(names)}" for why, names in nodes.items()]
+
+
+def _verify(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification | None:
+    """The comparison with the float model; without samples, only whether the model loads."""
+    given = prepared.given
+    if given.judged_on is None:
+        open_session(quantised, threads=run.config.threads)
+        return None
+    return verify(
+        _reference(run, given.original, prepared.simplified),
+        quantised,
+        given.judged_on,
+        labels=given.labels,
+        evaluation=given.evaluation,
+        layers=prepared.plan.layers,
+        threads=run.config.threads,
+        on_event=run.on_event,
+    )
+
+
+def _check(model: ir.Model, plan: QuantPlan, samples: Samples | None) -> Checked:
+    """What the target's rules say of the output; raises ``OutputError`` if it is refused."""
+    feed = None if samples is None else next(samples.batches(CHECKED_SAMPLES))
+    checked = check(model, plan.target, feed)
+    if broken := checked.refused:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise OutputError(
+            f"the output breaks a rule of target '{plan.target.name}': {broken[0].node}: "
+            f"{broken[0].why} [{broken[0].rule}]{more}; --exclude the node, or choose another "
+            "--target"
+        )
+    return checked
+
+
+def _reference(run: Run, original: ir.Model, simplified: ir.Model) -> ir.Model:
+    """The float model to compare with: the original, if ONNX Runtime has all its kernels."""
+    try:
+        open_session(original, threads=run.config.threads)
+    except ModelError as error:
+        run.notes.append(f"compared with the simplified model: {error}")
+        return simplified
+    return original
+
+
+def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocation) -> None:
+    try:
+        version = metadata.version("onnx-attnround")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    model.metadata_props["onnx_attnround.version"] = version
+    model.metadata_props["onnx_attnround.config"] = config.model_dump_json(
+        exclude={"custom_op_library", "work_dir", "memory_limit"}  # of the machine it was made on
+    )
+    model.metadata_props["onnx_attnround.bits"] = " ".join(
+        f"{node}={bits}" for node, bits in allocation.bits.items()
+    )
+
+
+def _check_gates(result: QuantizeResult, config: QuantConfig) -> None:
+    if result.verification is None:
+        return
+    try:
+        check_gates(result.verification, config)
+    except GateError as error:
+        error.result = result
+        raise

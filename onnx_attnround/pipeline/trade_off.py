@@ -1,0 +1,168 @@
+"""One model at several mean bits: what each costs in size, and what it keeps of accuracy.
+
+Model and samples are read, activations calibrated and layers measured once; only
+what depends on the bits of the layers is done for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import CalibrationError, ConfigError, GateError
+from onnx_attnround.graph import check_output
+from onnx_attnround.pipeline import Prepared, QuantizeResult, finish, load, prepare, source_of
+from onnx_attnround.pipeline.context import OnEvent, Run
+from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.verify import REMEDY, Verification, missed_gates
+
+_NO_SAMPLES = (
+    "several mean bits are compared, but there are no samples to compare them on: give --calib or "
+    "--eval"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One of the models.
+
+    ``output`` is its file, ``None`` if none was asked for or a gate was missed;
+    ``missed`` names such gates. ``verification`` is that of the result.
+    ``on_front`` says that no other point is as small and as accurate, and better
+    in one of the two.
+    """
+
+    config: QuantConfig
+    result: QuantizeResult
+    verification: Verification
+    output: Path | None
+    missed: str
+    on_front: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the model as a file."""
+        return self.verification.quantised_bytes
+
+    @property
+    def quality(self) -> float:
+        """Top-1 where there were labels, else SQNR of the worst output, else agreement."""
+        if self.verification.accuracy is not None:
+            return self.verification.accuracy.quantised_top1
+        worst = self.verification.worst_output
+        if worst is not None and worst.sqnr_db is not None:
+            return worst.sqnr_db
+        return min((output.agreement or 0.0 for output in self.verification.outputs), default=0.0)
+
+
+def trade_off(
+    model: Path | str | ir.Model,
+    calibration: object = None,
+    config: QuantConfig | Mapping[str, Any] | None = None,
+    *,
+    mean_bits: Sequence[float],
+    output: Path | str | None = None,
+    evaluation: Path | str | None = None,
+    preprocess: Preprocess | str | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> tuple[Point, ...]:
+    """Do what ``quantize`` does for each of ``mean_bits``, sharing what they have in common.
+
+    Each point has a file of its own (:func:`point_path`), which appears complete or
+    not at all. Raises what ``quantize`` raises, and ``CalibrationError`` if there
+    are no samples to compare the points on. A point that misses a gate leaves no
+    file, the others are made all the same; then ``GateError`` names the gates, with
+    all points as its ``result``.
+    """
+    configs = with_means(QuantConfig.of(config), mean_bits)
+    source = source_of(model)
+    outputs = [None if output is None else point_path(output, mean) for mean in mean_bits]
+    for path in filter(None, outputs):
+        check_output(path, source)
+    shared = Run(configs[0], on_event)
+    given = load(shared, model, calibration, evaluation, preprocess)
+    if given.judged_on is None:
+        raise CalibrationError(_NO_SAMPLES)
+    prepared = prepare(shared, given)
+    points = [
+        _point(_run_of(shared, each), prepared, path)
+        for each, path in zip(configs, outputs, strict=True)
+    ]
+    points = [replace(point, on_front=_on_front(point, points)) for point in points]
+    _check_gates(points)
+    shared.checkpoint.remove()
+    return tuple(points)
+
+
+def point_path(output: Path | str, mean_bits: float) -> Path:
+    """The file of one point: ``out.onnx`` becomes ``out.w3.5.onnx``."""
+    path = Path(output)
+    return path.with_name(f"{path.stem}.w{mean_bits:g}{path.suffix}")
+
+
+def with_means(config: QuantConfig, mean_bits: Sequence[float]) -> list[QuantConfig]:
+    """The config with each of the means; raises ``ConfigError`` for one out of range or repeated.
+
+    Two that would have the same file name count as the same.
+    """
+    names = [f"{mean:g}" for mean in mean_bits]
+    for position, name in enumerate(names):
+        if name in names[:position]:
+            raise ConfigError(f"option 'mean_bits': {name} is given twice: give each mean once")
+    if not names:
+        raise ConfigError("option 'mean_bits': got no value, expected at least one")
+    return [QuantConfig.parse({**dict(config), "mean_bits": mean}) for mean in mean_bits]
+
+
+def _run_of(shared: Run, config: QuantConfig) -> Run:
+    """A run that goes on from the shared one, its stages named by the mean bits."""
+    label = f"w{config.mean_bits:g}"
+    return Run(
+        config,
+        lambda event: shared.on_event(replace(event, stage=f"{event.stage} {label}")),
+        list(shared.notes),
+        dict(shared.seconds),
+        shared.checkpoint.part(label),
+    )
+
+
+def _point(run: Run, prepared: Prepared, output: Path | None) -> Point:
+    try:
+        result = finish(run, prepared, output)
+    except GateError as error:
+        if not isinstance(error.result, QuantizeResult):
+            raise
+        result, output = error.result, None
+    if (verification := result.verification) is None:
+        raise CalibrationError(_NO_SAMPLES)
+    return Point(
+        config=run.config,
+        result=result,
+        verification=verification,
+        output=output,
+        missed=missed_gates(verification, run.config),
+    )
+
+
+def _on_front(point: Point, points: Sequence[Point]) -> bool:
+    """Whether no other point is as good in both size and quality, and better in one."""
+    mine = (-point.size, point.quality)
+    others = [(-other.size, other.quality) for other in points]
+    return not any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in others)
+
+
+def _check_gates(points: Sequence[Point]) -> None:
+    missed = "; ".join(
+        f"with mean bits {point.config.mean_bits:g}, {point.missed}"
+        for point in points
+        if point.missed
+    )
+    if missed:
+        error = GateError(f"gate missed: {missed}; {REMEDY}")
+        error.result = tuple(points)
+        raise error

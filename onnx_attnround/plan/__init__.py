@@ -1,0 +1,101 @@
+"""What is quantised, with which spec; and for all else, the reason why not.
+
+Everything is judged here, before any slow work: each weighted node becomes a
+``LayerPlan`` or an entry of ``skipped``, and each activation that the target
+runs in integer gets a ``QuantSpec``.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import ConfigError, ModelError
+from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.plan.activations import Activations
+from onnx_attnround.plan.layers import find_layers, mark_ends
+from onnx_attnround.plan.scale_groups import check_blocks, with_blocks
+from onnx_attnround.records import QuantPlan, QuantSpec
+from onnx_attnround.targets import Target, get_target
+
+
+def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: bool) -> QuantPlan:
+    """The plan for ``model``; with ``quantise_activations`` false only weights are quantised.
+
+    Raises ``ModelError`` if no weight can be quantised or the target does not read
+    the model's opset, ``ConfigError`` if it does not take the settings or a
+    pattern of ``include``, ``exclude`` or ``layer_bits`` matches no node.
+    """
+    target = get_target(config.target)
+    integer = quantise_activations and config.act_bits < 32
+    _check_target(target, model, config, integer_activations=integer)
+    _check_patterns(model, config)
+    layers, skipped = find_layers(model, config, target)
+    if not layers:
+        reasons = "; ".join(f"{node}: {why}" for node, why in list(skipped.items())[:3])
+        raise ModelError(
+            "nothing to quantise: the model has no Conv, ConvTranspose, Gemm or MatMul with a "
+            f"constant float32 weight that is not excluded ({reasons or 'none found'})"
+        )
+    marked = mark_ends(model, layers, skipped)
+    planned, unblocked = with_blocks(marked, config.block_size, target)
+    activations: dict[str, QuantSpec] = {}
+    same_range: dict[str, str] = {}
+    if integer:
+        activations, same_range = Activations(model, marked, target, config).find()
+    return QuantPlan(
+        target=target,
+        layers=planned,
+        activations=activations,
+        same_range=same_range,
+        skipped=skipped,
+        unblocked=unblocked,
+    )
+
+
+def _check_target(
+    target: Target, model: ir.Model, config: QuantConfig, *, integer_activations: bool
+) -> None:
+    bits, storage = config.act_bits, config.weight_storage
+    if target.placement == "everything" and not integer_activations:
+        raise ConfigError(
+            f"target '{target.name}' takes no float activations: give calibration samples "
+            "(--calib), and act_bits of 8 or 16"
+        )
+    if bits != 32 and bits not in target.activation_bits:
+        known = ", ".join(map(str, sorted(target.activation_bits)))
+        raise ConfigError(
+            f"option 'act_bits': target '{target.name}' takes {known} or 32 (float), got {bits}"
+        )
+    if config.block_size is not None:
+        check_blocks(config.block_size, target, integer_activations=integer_activations)
+    storages = target.storages(blocks=config.block_size is not None)
+    if storage is not None and storage not in storages:
+        known = ", ".join(storages)
+        raise ConfigError(
+            f"option 'weight_storage': target '{target.name}' takes {known}, got {storage}"
+        )
+    if unknown := sorted(target.weighted - WEIGHTED_OPS.keys()):
+        raise ConfigError(
+            f"target '{target.name}': weighted ops: got {', '.join(unknown)}, expected some of "
+            f"{', '.join(WEIGHTED_OPS)}"
+        )
+    opset = model.opset_imports.get("", 0)
+    if target.max_opset is not None and opset > target.max_opset:
+        raise ModelError(
+            f"the model has opset {opset}, target '{target.name}' reads opsets up to "
+            f"{target.max_opset}; export it with that opset"
+        )
+
+
+def _check_patterns(model: ir.Model, config: QuantConfig) -> None:
+    names = [node.name or "" for node in model.graph.all_nodes()]
+    for option in ("include", "exclude", "layer_bits"):
+        for pattern in getattr(config, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"option '{option}': pattern '{pattern}' matches no node; "
+                    "--dry-run lists the nodes"
+                )

@@ -1,0 +1,206 @@
+"""The activations: tensors that get Q/DQ, with their spec and the ranges that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.graph import is_read_once
+from onnx_attnround.ops import clip_bounds
+from onnx_attnround.plan.layers import is_standard, name_of
+from onnx_attnround.records import LayerPlan, QuantSpec
+from onnx_attnround.targets import Target
+
+
+@dataclass
+class Activations:
+    """Finds the tensors that get Q/DQ: those of layers, then what joins and moves them."""
+
+    model: ir.Model
+    layers: list[LayerPlan]
+    target: Target
+    config: QuantConfig
+    chosen: dict[str, ir.Value] = field(default_factory=dict)
+    same_range: dict[str, str] = field(default_factory=dict)
+    integer: set[str] = field(default_factory=set)  # names of nodes that run in integer
+
+    def find(self) -> tuple[dict[str, QuantSpec], dict[str, str]]:
+        """The spec of each tensor, and the tensor whose range it takes over, both by name."""
+        layers = {layer.node for layer in self.layers}
+        nodes = [node for node in self.model.graph if is_standard(node)]
+        for node in nodes:
+            if node.name in layers and node.op_type in self.target.weighted:
+                self._add_layer(node)
+        if self.target.placement == "regions":
+            self._add_regions(nodes)
+        elif self.target.placement == "inputs":
+            self._add_shortcuts(nodes)
+        else:
+            self._add_everything()
+        return {name: self._spec(name) for name in self.chosen}, self.same_range
+
+    def _add_layer(self, node: ir.Node) -> None:
+        self.integer.add(name_of(node))
+        if node.inputs[0] is not None:
+            self._choose(node.inputs[0])
+        if node.op_type not in self.target.float_output:
+            self._choose(self._absorbed(node.outputs[0]))
+
+    def _add_regions(self, nodes: list[ir.Node]) -> None:
+        """What lies between integer layers: arithmetic and movement of quantised tensors."""
+        for node in nodes:
+            if node.op_type in self.target.arithmetic:
+                self._add_arithmetic(node)
+            elif node.op_type in self.target.movement:
+                self._add_movement(node)
+        self._drop_idle_movement()
+
+    def _add_arithmetic(self, node: ir.Node) -> None:
+        output = self._absorbed(node.outputs[0])
+        joins = all(v is not None and v.name in self.chosen for v in node.inputs)
+        if joins and not output.is_graph_output():
+            self.integer.add(name_of(node))
+            self._choose(output)
+
+    def _add_movement(self, node: ir.Node) -> None:
+        x = node.inputs[0]
+        if x is None or x.name not in self.chosen or not _moves_codes(node):
+            return
+        for y in _moved(node):
+            self._choose(y)
+            self.same_range[y.name or ""] = x.name or ""
+
+    def _add_shortcuts(self, nodes: list[ir.Node]) -> None:
+        """What is added to the output of a layer, which itself stays float to be fused."""
+        for node in nodes:
+            if node.op_type != "Add":
+                continue
+            terms = [v for v in node.inputs if v is not None and v.const_value is None]
+            straight = [value for value in terms if self._is_fused(value)]
+            if straight and len(terms) == 2:
+                self._choose(terms[1] if straight[0] is terms[0] else terms[0])
+
+    def _is_fused(self, value: ir.Value) -> bool:
+        """Whether ``value`` goes from an integer layer to one reader, and nowhere else."""
+        producer = value.producer()
+        return is_read_once(value) and producer is not None and name_of(producer) in self.integer
+
+    def _add_everything(self) -> None:
+        """Each float tensor of the graph, and the constants of arithmetic."""
+        for value in self.model.graph.inputs:
+            self._choose_float(value)
+        for node in self.model.graph:
+            standard = is_standard(node)
+            if standard and node.op_type in self.target.movement:
+                self._add_movement(node)
+            if standard and node.op_type in self.target.arithmetic:
+                for operand in node.inputs:
+                    if operand is not None and operand.const_value is not None:
+                        self._choose_float(operand)
+            for value in node.outputs:
+                if self._absorbed(value) is value:
+                    self._choose_float(value)
+
+    def _choose_float(self, value: ir.Value) -> None:
+        if value.dtype == ir.DataType.FLOAT:
+            self._choose(value)
+
+    def _choose(self, value: ir.Value) -> None:
+        self.chosen.setdefault(value.name or "", value)
+
+    def _absorbed(self, value: ir.Value) -> ir.Value:
+        """The tensor that carries the Q: behind an activation that the Q absorbs."""
+        consumers = value.consumers()
+        if len(consumers) == 1 and not value.is_graph_output():
+            node = consumers[0]
+            known = node.op_type in self.target.absorbed and is_standard(node)
+            if known and node.graph is self.model.graph and _starts_at_zero(node):
+                return node.outputs[0]
+        return value
+
+    def _drop_idle_movement(self) -> None:
+        """Without an integer consumer, moved codes gain nothing: end the region before."""
+        for node in reversed(list(self.model.graph)):
+            moved = [value for value in _moved(node) if value.name in self.same_range]
+            if not any(self._feeds_integer(value) for value in moved):
+                for value in moved:
+                    del self.chosen[value.name or ""], self.same_range[value.name or ""]
+
+    def _feeds_integer(self, value: ir.Value) -> bool:
+        return any(
+            name_of(node) in self.integer
+            or any(self.same_range.get(v.name or "") == value.name for v in node.outputs)
+            for node in value.consumers()
+        )
+
+    def _spec(self, name: str) -> QuantSpec:
+        """The spec of a tensor.
+
+        What layers read has the bits asked for, or those of first and last layers;
+        a tensor that is only added or pooled costs nothing at 8 bits and has no fewer.
+        """
+        readers = [layer for layer in self.layers if self._root(layer.x) == self._root(name)]
+        bits: list[int] = [self.config.act_bits]
+        if not readers:
+            bits.append(8)
+        if any(layer.first_or_last for layer in readers):
+            bits.append(self.config.first_last_bits)
+        producer = self.chosen[name].producer()
+        fixed = producer is not None and producer.op_type in self.target.unit_range
+        return QuantSpec(
+            bits=max(bits),
+            signed=self.target.activation_signed,
+            symmetric=self.target.activation_symmetric,
+            least_range=self.target.least_range,
+            fixed_range=_unit_range(producer.op_type, max(bits)) if fixed and producer else None,
+        )
+
+    def _root(self, name: str) -> str:
+        while name in self.same_range:
+            name = self.same_range[name]
+        return name
+
+
+def _unit_range(op_type: str, bits: int) -> tuple[float, float]:
+    """The open range of a squashing function whose steps are powers of two."""
+    low = 0.0 if op_type == "Sigmoid" else -1.0
+    return low, 1.0 - (1.0 - low) / 2**bits
+
+
+def _starts_at_zero(node: ir.Node) -> bool:
+    """Whether the output of this Relu or Clip has the constant lower bound 0.
+
+    Only then does the range of the Q behind it, which holds 0, surely lie within the
+    bounds of the Clip, so that a runtime can leave the Clip out.
+    """
+    if node.op_type != "Clip":
+        return True
+    low, high = clip_bounds(node)
+    return low == 0 <= high
+
+
+def _moved(node: ir.Node) -> Sequence[ir.Value]:
+    """The outputs of a movement node that carry codes; that of a MaxPool's indices does not."""
+    return node.outputs if node.op_type == "Split" else node.outputs[:1]
+
+
+def _moves_codes(node: ir.Node) -> bool:
+    """Whether the node makes no new values, but for zeros, which every scale has."""
+    if node.op_type == "Pad":
+        return _pads_with_zeros(node)
+    if node.op_type == "Resize":
+        crops = node.attributes.get_string("coordinate_transformation_mode") == "tf_crop_and_resize"
+        return node.attributes.get_string("mode", "nearest") == "nearest" and not crops
+    return True
+
+
+def _pads_with_zeros(node: ir.Node) -> bool:
+    if node.attributes.get_string("mode", "constant") != "constant":
+        return True  # copies of values
+    fill = node.inputs[2] if len(node.inputs) > 2 else None
+    if fill is None:
+        return node.attributes.get_float("value", 0.0) == 0.0
+    return fill.const_value is not None and not fill.const_value.numpy().any()

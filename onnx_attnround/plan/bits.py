@@ -1,0 +1,222 @@
+"""Bits per layer under a budget: from the coding length of its weights, or from measured errors.
+
+For the weights of a layer as ``m`` vectors in ``R^n``, the number of bits that
+code them up to a mean squared error ``eps^2`` is (Ma, Derksen, Hong and Wright,
+"Segmentation of Multivariate Mixed Data via Lossy Coding and Compression",
+IEEE TPAMI 2007)
+
+    L(W) = (m + n)/2 * log2 det(I + n/(m eps^2) W W').
+
+Here ``eps^2`` is a share of the power of the vectors, so that rescaling a layer
+does not change its bits. The share is proportional to the number of weights: a
+model's relative errors add up, and the least sum under a budget of bits gives
+each layer an error in proportion to what its bits cost. The more bits a weight
+then takes to code, the wider its codes.
+
+The other allocator, ``gram``, is given the error that each width of each layer
+costs (``reconstruct/sensitivity.py``), and spends the budget where it saves most of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.records import Array, BitAllocation, LayerErrors, LayerPlan
+
+DISTORTION = 0.25
+"""``eps^2`` as a share of the mean power, for a layer of average size (docs/experiments.md)."""
+
+
+def coding_length(matrix: Array, distortion: float = DISTORTION) -> float:
+    """Lossy coding length of the rows of ``matrix [m, n]``, in bits per degree of freedom.
+
+    That is ``L / ((m + n) min(m, n))``: half the base-2 logarithm of the
+    signal-to-distortion ratio, averaged over the principal directions.
+    ``distortion`` is ``eps^2`` as a share of the mean power of the rows. Zero for
+    an all-zero matrix; invariant to a common factor.
+    """
+    rows = matrix.astype(np.float64)
+    m, n = rows.shape
+    power = float((rows * rows).sum()) / m
+    if power == 0.0:
+        return 0.0
+    gram = rows @ rows.T if m <= n else rows.T @ rows
+    gram *= n / (m * distortion * power)
+    gram[np.diag_indices_from(gram)] += 1.0
+    log_determinant = float(np.linalg.slogdet(gram)[1])
+    length: float = 0.5 * log_determinant / (math.log(2.0) * min(m, n))
+    return length
+
+
+def measures(config: QuantConfig) -> bool:
+    """Whether the bits depend on errors measured on calibration samples."""
+    return config.mean_bits is not None and config.allocator in MEASURING
+
+
+def allocate(
+    layers: Sequence[LayerPlan],
+    matrix: Callable[[str], Array],
+    config: QuantConfig,
+    errors: LayerErrors | None = None,
+) -> BitAllocation:
+    """Bits per layer: pinned ones as asked, the others uniform or under ``mean_bits``.
+
+    ``matrix`` gives the weight of a node as ``[g, o, d]``, and is asked for one at a time. Where
+    the allocator ``measures`` and there are no ``errors``, layers that are not
+    pinned are left out, and the mean is unknown.
+    """
+    lengths = {} if config.mean_bits is None else _lengths(layers, matrix)
+    bits = {layer.node: _pinned(layer, config) for layer in layers}
+    free = [layer for layer in layers if bits[layer.node] is None]
+    chosen = {layer.node: config.weight_bits for layer in free}
+    if measures(config) and errors is None:
+        chosen, free = {}, []
+    elif config.mean_bits is not None and free:
+        widths = ALLOCATORS[config.allocator](free, lengths, errors or {}, config)
+        chosen = {layer.node: width for layer, width in zip(free, widths, strict=True)}
+    widths_of = {node: chosen.get(node) if width is None else width for node, width in bits.items()}
+    result = {node: width for node, width in widths_of.items() if width is not None}
+    total = sum(layer.parameters for layer in free)
+    spent = sum(layer.parameters * result[layer.node] for layer in free)
+    return BitAllocation(
+        bits=result, coding_length=lengths, mean_bits=spent / total if total else float("nan")
+    )
+
+
+def _lengths(
+    layers: Sequence[LayerPlan], matrix: Callable[[str], Array]
+) -> dict[str, float]:
+    """The coding length of each layer, its distortion in proportion to its size."""
+    usual = sum(layer.parameters for layer in layers) / len(layers)
+    return {
+        layer.node: coding_length(_rows(matrix(layer.node)), DISTORTION * layer.parameters / usual)
+        for layer in layers
+    }
+
+
+def _rows(matrix: Array) -> Array:
+    return matrix.reshape(-1, matrix.shape[-1])
+
+
+def under_budget(
+    rates: Sequence[float], sizes: Sequence[int], choices: Sequence[int], mean_bits: float
+) -> list[int]:
+    """The widest codes whose size-weighted mean is within ``mean_bits``, in the order of ``rates``.
+
+    A layer with a higher rate never gets fewer bits than one with a lower rate.
+    Each layer takes the widest choice within ``rate + c``, for the largest ``c``
+    that the budget admits; what then is left goes to the highest rates that it fits.
+    """
+    order = sorted(range(len(rates)), key=lambda i: (-rates[i], i))
+    budget = mean_bits * sum(sizes)
+    level = [0] * len(rates)
+
+    def cost(levels: Sequence[int]) -> int:
+        return sum(size * choices[at] for size, at in zip(sizes, levels, strict=True))
+
+    offsets = sorted({choice - rate for rate in rates for choice in choices})
+    for offset in offsets:
+        trial = [_level(rate + offset, choices) for rate in rates]
+        if cost(trial) > budget:
+            break
+        level = trial
+    for position, i in enumerate(order):
+        while level[i] + 1 < len(choices):
+            raised = level[:i] + [level[i] + 1] + level[i + 1 :]
+            above = order[position - 1] if position else None
+            if cost(raised) > budget or (above is not None and raised[i] > level[above]):
+                break
+            level = raised
+    return [choices[at] for at in level]
+
+
+def _level(wanted: float, choices: Sequence[int]) -> int:
+    """Index of the widest choice within ``wanted`` (rounding error forgiven), at least 0."""
+    return max(sum(choice <= wanted + 1e-9 for choice in choices) - 1, 0)
+
+
+def _pinned(layer: LayerPlan, config: QuantConfig) -> int | None:
+    for pattern, bits in config.layer_bits.items():
+        if fnmatchcase(layer.node, pattern):
+            return bits
+    if not layer.first_or_last:
+        return None
+    uniform = config.mean_bits is None
+    return max(config.first_last_bits, config.weight_bits) if uniform else config.first_last_bits
+
+
+def least_error(
+    errors: Sequence[Mapping[int, float]],
+    sizes: Sequence[int],
+    choices: Sequence[int],
+    mean_bits: float,
+) -> list[int]:
+    """The widths whose errors add up to the least within a size-weighted mean of ``mean_bits``.
+
+    ``errors`` tell for each layer what each of ``choices`` costs. Along the lower
+    convex hull of a layer's errors, each step saves less per bit than the one before;
+    the steps of all layers are taken in the order of what they save per bit of size
+    (Everett's Lagrangian, Operations Research 1963), those that no longer fit left
+    out. A larger budget never spends less, and never ends with more error.
+    """
+    widths = [choices[0]] * len(sizes)
+    left = mean_bits * sum(sizes) - choices[0] * sum(sizes)
+    steps = [
+        (-saved / size, layer, low, high)
+        for layer, (of_layer, size) in enumerate(zip(errors, sizes, strict=True))
+        for saved, low, high in _hull_steps(of_layer, choices)
+    ]
+    for _, layer, low, high in sorted(steps):
+        cost = (high - low) * sizes[layer]
+        if widths[layer] == low and cost <= left:
+            widths[layer] = high
+            left -= cost
+    return widths
+
+
+def _hull_steps(
+    errors: Mapping[int, float], choices: Sequence[int]
+) -> Iterator[tuple[float, int, int]]:
+    """``(error saved per bit, from, to)`` along the lower convex hull, the steepest first."""
+    low = choices[0]
+    while wider := [choice for choice in choices if choice > low]:
+        saved, high = max(((errors[low] - errors[b]) / (b - low), b) for b in wider)
+        if saved <= 0:
+            return
+        yield saved, low, high
+        low = high
+
+
+Allocator = Callable[
+    [Sequence[LayerPlan], Mapping[str, float], LayerErrors, QuantConfig], list[int]
+]
+
+
+def _by_coding_length(
+    layers: Sequence[LayerPlan],
+    lengths: Mapping[str, float],
+    errors: LayerErrors,
+    config: QuantConfig,
+) -> list[int]:
+    rates, sizes = [lengths[one.node] for one in layers], [one.parameters for one in layers]
+    return under_budget(rates, sizes, config.bit_choices, config.mean_bits or 0.0)
+
+
+def _by_error(
+    layers: Sequence[LayerPlan],
+    lengths: Mapping[str, float],
+    errors: LayerErrors,
+    config: QuantConfig,
+) -> list[int]:
+    measured, sizes = [errors[one.node] for one in layers], [one.parameters for one in layers]
+    return least_error(measured, sizes, config.bit_choices, config.mean_bits or 0.0)
+
+
+ALLOCATORS: dict[str, Allocator] = {"coding-length": _by_coding_length, "gram": _by_error}
+MEASURING = frozenset({"gram"})
+"""Allocators that read ``LayerErrors``, for which there must be calibration samples."""

@@ -1,0 +1,7 @@
+"""Quantised models as nodes: Q and DQ around what runs in integer, and the arithmetic of both."""
+
+from __future__ import annotations
+
+from onnx_attnround.qdq.writer import bias_scale, insert, update_layer, update_scale
+
+__all__ = ["bias_scale", "insert", "update_layer", "update_scale"]

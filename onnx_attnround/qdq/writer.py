@@ -1,0 +1,440 @@
+"""The only writer of Q/DQ nodes: a float model and integer codes become a QDQ model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain, count
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from onnx_attnround.errors import ModelError
+from onnx_attnround.graph import least_ir_version, name_nodes, only_reader, raise_opset
+from onnx_attnround.ops import clip_bounds
+from onnx_attnround.qdq.arithmetic import quantize
+from onnx_attnround.records import (
+    Array,
+    LayerPlan,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+    QuantSpec,
+)
+from onnx_attnround.targets import Target, WeightStorage
+
+PER_CHANNEL_OPSET = 13
+LOW_BIT_OPSET = 21  # INT4, 16-bit types and blocks in QuantizeLinear and DequantizeLinear
+TWO_BIT_OPSET = 25  # INT2 in Cast
+
+_PACKED = {"INT2": ml_dtypes.int2, "INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4}
+
+
+def insert(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    storage: WeightStorage,
+) -> ir.Model:
+    """A QDQ copy of ``model``; the opset is raised only as far as the content needs.
+
+    ``params`` holds one entry per tensor of ``plan.activations``; ``roundings``
+    is keyed by node name. A quantised tensor keeps its name behind the
+    DequantizeLinear, so that graph outputs keep theirs; the float value before
+    the QuantizeLinear is ``NAME_raw``, or another name where that is taken. Raises
+    ``ModelError`` if the opset cannot be raised.
+    """
+    out = raise_opset(model.clone(), _required_opset(plan, params, roundings, storage))
+    writer = _Writer(out, plan, params, storage)
+    for layer in plan.layers:
+        writer.add_layer(layer, roundings[layer.node])
+    for name in plan.activations:
+        writer.add_activation(name)
+    writer.remove_unused_initializers()
+    out.graph.sort()
+    name_nodes(out)  # a model that is quantised in part may have nodes of the same names
+    out.ir_version = min(out.ir_version, least_ir_version(out))  # so that old runtimes read it
+    return out
+
+
+def update_layer(
+    model: ir.Model,
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+) -> None:
+    """Give ``layer`` other codes, scales and bias in a model that ``insert`` wrote as int8.
+
+    Raises ``ModelError`` if a bias that was stored as int32 does not fit it any more.
+    """
+    tensors = _layer_tensors(layer, rounding, params, plan, "int8")
+    node = next(node for node in model.graph if node.name == layer.node)
+    written = [source for value in node.inputs[1:3] for source in _sources(value)]
+    if len(written) != len(tensors):
+        raise ModelError(
+            f"node '{layer.node}': its bias does not fit int32 at the scale of its weights; "
+            "exclude the node"
+        )
+    for value, tensor in zip(written, tensors, strict=True):
+        tensor.name = value.name
+        value.const_value = tensor
+
+
+def update_scale(model: ir.Model, name: str, params: QuantParams) -> None:
+    """Give the tensor ``name`` another scale in a model that ``insert`` wrote."""
+    node = next((node for node in model.graph if node.name == f"{name}/quantize"), None)
+    scale = None if node is None else node.inputs[1]
+    if scale is not None:
+        scale.const_value = _tensor(params.scale, ir.DataType.FLOAT, scale.name or "")
+
+
+def _sources(value: ir.Value | None) -> list[ir.Value]:
+    """The initialisers that a DequantizeLinear makes ``value`` from, or itself."""
+    producer = None if value is None else value.producer()
+    values = [value] if producer is None else producer.inputs
+    return [source for source in values if source is not None]
+
+
+def _required_opset(
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    storage: WeightStorage,
+) -> int:
+    specs = {layer.node: roundings[layer.node].spec for layer in plan.layers}
+    weights = {
+        _code_type(layer, specs[layer.node], params, storage, plan.target) for layer in plan.layers
+    }
+    blocks = any(spec.block_size for spec in specs.values())
+    wide_activations = any(spec.bits > 8 for spec in plan.activations.values())
+    if ir.DataType.INT2 in weights:
+        return TWO_BIT_OPSET
+    low = ir.DataType.INT4 in weights or blocks or wide_activations
+    return LOW_BIT_OPSET if low else PER_CHANNEL_OPSET
+
+
+def _code_type(
+    layer: LayerPlan,
+    spec: QuantSpec,
+    params: Mapping[str, QuantParams],
+    storage: WeightStorage,
+    target: Target,
+) -> ir.DataType:
+    """The type of the initialiser that holds weight codes: INT8 where ``storage`` is not taken."""
+    if storage not in target.storages(blocks=spec.block_size is not None):
+        return ir.DataType.INT8
+    if spec.bits <= 2 and storage == "packed2" and _fills_bytes(layer, params):
+        return ir.DataType.INT2
+    return ir.DataType.INT4 if spec.bits <= 4 and storage != "int8" else ir.DataType.INT8
+
+
+def _fills_bytes(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
+    """Whether 2-bit codes may be written: of a matrix under a float input, whole bytes in a row.
+
+    Else ONNX Runtime 1.31 computes something else.
+    """
+    axis = layer.weight_spec.axis
+    matrix = layer.op_type in ("Gemm", "MatMul") and layer.x not in params
+    return not matrix or axis is None or layer.weight_shape[axis] % 4 == 0
+
+
+def _activation_type(spec: QuantSpec) -> ir.DataType:
+    """At least 8 bits wide: narrower codes are clipped, so that layers still run in integer."""
+    return ir.DataType[f"{'' if spec.signed else 'U'}INT{8 if spec.bits <= 8 else 16}"]
+
+
+def _is_idle(node: ir.Node | None, params: QuantParams) -> bool:
+    """Whether a node keeps all that the Q behind it can tell apart: Relu, Clip, Identity."""
+    if node is None or node.op_type not in ("Relu", "Clip"):
+        return node is not None and node.op_type == "Identity"
+    values = np.array(clip_bounds(node), np.float32)
+    spec, point = params.spec, params.zero_point.astype(np.float32)
+    codes = quantize(values, params.scale, point, spec.qmin, spec.qmax)
+    return bool(codes[0] == spec.qmin and codes[1] == spec.qmax)
+
+
+def _tensor(values: Array, dtype: ir.DataType, name: str) -> ir.Tensor[Array]:
+    packed = _PACKED.get(dtype.name)
+    if packed is not None and values.dtype == np.int8:
+        return ir.Tensor(values.view(packed), dtype=dtype, name=name)  # the same bytes
+    return ir.Tensor(values.astype(packed or dtype.numpy(), copy=False), dtype=dtype, name=name)
+
+
+def _layer_tensors(
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+    storage: WeightStorage,
+) -> list[ir.Tensor[Array]]:
+    """The initialisers of one layer: weight codes, scale, zero point and the bias."""
+    base = layer.node
+    code_type = _code_type(layer, rounding.spec, params, storage, plan.target)
+    unpacked = storage != "int4" and layer.x in params  # before the DQ, for an integer kernel
+    point_type = ir.DataType.INT8 if unpacked else code_type
+    values = [rounding.codes, rounding.scale, rounding.zero_point]
+    if _is_turned(layer, params):
+        values = [array.T for array in values]
+    tensors = [
+        _tensor(values[0], code_type, f"{base}/weight_codes"),
+        _tensor(values[1], ir.DataType.FLOAT, f"{base}/weight_scale"),
+        _tensor(values[2], point_type, f"{base}/weight_zero_point"),
+    ]
+    if rounding.bias is not None:
+        tensors += _bias_tensors(layer, rounding, params, plan)
+    return tensors
+
+
+def _is_turned(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
+    """Whether the weight is written transposed: kernels for float inputs want no transB."""
+    turned = layer.op_type == "Gemm" and bool(layer.attributes.get("transB", 0))
+    return turned and layer.x not in params
+
+
+def _bias_tensors(
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+) -> list[ir.Tensor[Array]]:
+    if rounding.bias is None:
+        return []
+    scale = bias_scale(layer, rounding, params, plan)
+    if scale is None:
+        return [_tensor(rounding.bias, ir.DataType.FLOAT, f"{layer.node}/bias")]
+    codes = np.rint(rounding.bias.astype(np.float64) / scale)
+    return [
+        _tensor(codes, ir.DataType.INT32, f"{layer.node}/bias_codes"),
+        _tensor(scale, ir.DataType.FLOAT, f"{layer.node}/bias_scale"),
+        _tensor(np.zeros_like(codes), ir.DataType.INT32, f"{layer.node}/bias_zero_point"),
+    ]
+
+
+def bias_scale(
+    layer: LayerPlan,
+    rounding: LayerRounding,
+    params: Mapping[str, QuantParams],
+    plan: QuantPlan,
+) -> Array | None:
+    """``sx * sw`` per channel where the target stores the bias as int32, else ``None``.
+
+    ``None`` also where a bias would not fit int32 at that scale, and for ops that do not
+    run in integer: it then stays float.
+    """
+    x, target = params.get(layer.x), plan.target
+    if rounding.bias is None or x is None:
+        return None
+    if not target.int32_bias or layer.op_type not in target.weighted:
+        return None
+    scale = np.broadcast_to(rounding.scale * x.scale, rounding.bias.shape).astype(np.float32)
+    fits = np.abs(rounding.bias.astype(np.float64)) <= scale.astype(np.float64) * (2**31 - 1)
+    return scale if bool((fits & (scale >= np.finfo(np.float32).tiny)).all()) else None
+
+
+def _scale_axes(rounding: LayerRounding, *, turned: bool) -> dict[str, int]:
+    """The attributes of a weight's DequantizeLinear; those of blocks tell the inputs' axis."""
+    spec = rounding.spec
+    if spec.axis is None or rounding.scale.ndim == 0:
+        return {}
+    axis = 1 - spec.axis if turned else spec.axis
+    if spec.block_size is None:
+        return {"axis": axis}
+    return {"axis": 1 - axis, "block_size": spec.block_size}
+
+
+def _names(graph: ir.Graph) -> set[str | None]:
+    outputs = (value for node in graph for value in node.outputs)
+    return {value.name for value in (*graph.inputs, *graph.initializers.values(), *outputs)}
+
+
+class _Writer:
+    """Adds Q/DQ nodes and their initialisers to one graph."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        params: Mapping[str, QuantParams],
+        storage: WeightStorage,
+    ) -> None:
+        self.graph = model.graph
+        self.plan = plan
+        self.params = params
+        self.storage: WeightStorage = storage
+        self.nodes = {node.name: node for node in self.graph}
+        self.values = {v.name: v for node in self.graph for v in node.outputs}
+        self.values.update({v.name: v for v in self.graph.inputs})
+        self.taken = {name for graph in model.graphs() for name in _names(graph)}
+
+    def add_layer(self, layer: LayerPlan, rounding: LayerRounding) -> None:
+        """Codes and DQ in place of the float weight, and the bias as the target wants it."""
+        node = self.nodes[layer.node]
+        tensors = _layer_tensors(layer, rounding, self.params, self.plan, self.storage)
+        codes, scale, zero_point, *bias = [self._initializer(tensor) for tensor in tensors]
+        if codes.dtype != zero_point.dtype:
+            codes = self._cast(codes, f"{layer.node}/weight_int8", node)
+        turned = _is_turned(layer, self.params)
+        attributes = _scale_axes(rounding, turned=turned)
+        weight = self._dequantise(
+            [codes, scale, zero_point], f"{layer.node}/weight", attributes, node
+        )
+        node.replace_input_with(1, weight)
+        if turned:
+            node.attributes.pop("transB")
+        if layer.x not in self.params and self.plan.target.runtime == "onnxruntime":
+            self._part_from_relu(node)
+        if bias:
+            value = bias[0]
+            if len(bias) > 1:
+                value = self._dequantise(bias, f"{layer.node}/bias", {"axis": 0}, node)
+            if len(node.inputs) < 3:
+                node.resize_inputs(3)
+            node.replace_input_with(2, value)
+
+    def _part_from_relu(self, node: ir.Node) -> None:
+        """Max with 0 in place of a Relu behind a matrix with low-bit weights and a float input.
+
+        ONNX Runtime makes no MatMulNBits of a matrix before a Relu that one node reads.
+        """
+        relu = only_reader(node.outputs[0])
+        if relu is None or relu.op_type != "Relu" or only_reader(relu.outputs[0]) is None:
+            return
+        if node.op_type in ("Gemm", "MatMul"):
+            zero = self._initializer(_tensor(np.zeros(()), ir.DataType.FLOAT, f"{relu.name}/zero"))
+            relu.op_type = "Max"
+            relu.resize_inputs(2)
+            relu.replace_input_with(1, zero)
+
+    def add_activation(self, name: str) -> None:
+        """Q and DQ behind the tensor ``name``, for all its consumers; DQ alone on a constant."""
+        params = self.params[name]
+        code_type = _activation_type(params.spec)
+        scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
+        point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
+        if name in self.graph.initializers:
+            self._add_constant(self.graph.initializers[name], params, scale, point)
+            return
+        raw = self.values[name]
+        producer = raw.producer()
+        consumers = [
+            (usage.node, usage.idx)
+            for usage in raw.uses()
+            if usage.node.op_type not in self.plan.target.float_input
+        ]
+        takes_name = producer is not None and not self._stays_float(raw)
+        if takes_name:
+            raw.name = self._fresh(f"{name}_raw")
+        narrow = params.spec.bits < 8 and name not in self.plan.same_range  # moved: clipped before
+        source = raw
+        drops = self.plan.target.drop_absorbed or (
+            narrow and producer is not None and producer.op_type in ("Clip", "Identity")
+        )  # either would part the layer from its Q
+        if drops and takes_name and producer is not None and _is_idle(producer, params):
+            source = producer.inputs[0] or raw
+        quantise = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")
+        self.graph.append(quantise)
+        codes = quantise.outputs[0]
+        codes.name, codes.shape = self._fresh(f"{name}_codes"), raw.shape
+        codes.type = ir.TensorType(code_type)
+        if narrow:
+            codes = self._clip_codes(codes, params.spec, name)
+        dequantise = ir.node("DequantizeLinear", [codes, scale, point], name=f"{name}/dequantize")
+        restored = dequantise.outputs[0]
+        restored.name = name if takes_name else self._fresh(f"{name}_dequantized")
+        restored.shape, restored.type = raw.shape, raw.type
+        self.graph.append(dequantise)
+        for node, index in consumers:
+            node.replace_input_with(index, restored)
+        for position, output in enumerate(self.graph.outputs):
+            if output is raw and takes_name:
+                self.graph.outputs[position] = restored
+        if source is not raw and producer is not None:
+            self.graph.remove(producer, safe=True)
+
+    def _stays_float(self, value: ir.Value) -> bool:
+        return value.is_graph_output() and not self.plan.target.quantised_outputs
+
+    def _add_constant(
+        self, constant: ir.Value, params: QuantParams, scale: ir.Value, point: ir.Value
+    ) -> None:
+        """Codes and DQ in place of a float constant, for all its consumers."""
+        consumers = [(usage.node, usage.idx) for usage in constant.uses()]
+        values, spec = constant.const_value, params.spec
+        if values is None or not consumers:
+            return
+        zero = params.zero_point.astype(np.float32)
+        codes = quantize(values.numpy(), params.scale, zero, spec.qmin, spec.qmax)
+        tensor = _tensor(codes, _activation_type(spec), f"{constant.name}/codes")
+        inputs = [self._initializer(tensor), scale, point]
+        restored = self._dequantise(inputs, constant.name or "", {}, consumers[0][0])
+        for node, index in consumers:
+            node.replace_input_with(index, restored)
+
+    def _clip_codes(self, codes: ir.Value, spec: QuantSpec, name: str) -> ir.Value:
+        """Codes narrower than their type, held in their range by a Clip on integers."""
+        dtype = codes.dtype or ir.DataType.UINT8
+        bounds = [
+            self._initializer(_tensor(np.asarray(bound), dtype, f"{name}/{end}"))
+            for bound, end in ((spec.qmin, "lowest"), (spec.qmax, "highest"))
+        ]
+        node = ir.node("Clip", [codes, *bounds], name=f"{name}/clip_codes")
+        clipped = node.outputs[0]
+        clipped.name, clipped.shape = self._fresh(f"{name}_clipped"), codes.shape
+        clipped.type = codes.type
+        self.graph.append(node)
+        return clipped
+
+    def remove_unused_initializers(self) -> None:
+        """Drop float weights and biases that no node reads any more."""
+        outputs = {value.name for value in self.graph.outputs}
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses() and name not in outputs:
+                del self.graph.initializers[name]
+
+    def _fresh(self, name: str) -> str:
+        """``name``, with a number where the model has that already."""
+        candidates = chain([name], (f"{name}_{number}" for number in count()))
+        result = next(candidate for candidate in candidates if candidate not in self.taken)
+        self.taken.add(result)
+        return result
+
+    def _initializer(self, tensor: ir.Tensor[Array]) -> ir.Value:
+        tensor.name = self._fresh(tensor.name or "")
+        value = ir.Value(
+            name=tensor.name,
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def _cast(self, value: ir.Value, name: str, before: ir.Node) -> ir.Value:
+        node = ir.node(
+            "Cast", [value], attributes={"to": int(ir.DataType.INT8)}, name=f"{name}/cast"
+        )
+        return self._place(node, name, value.shape, ir.DataType.INT8, before)
+
+    def _dequantise(
+        self, inputs: list[ir.Value], name: str, attributes: Mapping[str, int], before: ir.Node
+    ) -> ir.Value:
+        node = ir.node(
+            "DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize"
+        )
+        return self._place(node, f"{name}_dequantized", inputs[0].shape, ir.DataType.FLOAT, before)
+
+    def _place(
+        self,
+        node: ir.Node,
+        name: str,
+        shape: ir.Shape | None,
+        dtype: ir.DataType,
+        before: ir.Node,
+    ) -> ir.Value:
+        output = node.outputs[0]
+        output.name, output.shape = self._fresh(name), shape
+        output.type = ir.TensorType(dtype)
+        self.graph.insert_before(before, node)
+        return output

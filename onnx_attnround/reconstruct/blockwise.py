@@ -1,0 +1,278 @@
+"""Refine the roundings block by block, with quantised activations in the loop.
+
+Starts from the solution layer by layer (``layerwise.py``). A block (``layer_groups.py``)
+runs as a torch shadow graph with fake quantisation; offsets of the codes, scales,
+biases and steps of low-bit activations are learned together, so that the block's
+outputs come close to the float model's. This is block reconstruction (Li et al.,
+"BRECQ", arXiv 2102.05426) with inputs that are at random those of the quantised
+prefix or those of the float model (after Wei et al., "QDrop", arXiv 2203.05740),
+learned steps (Esser et al., "Learned Step Size Quantization", arXiv 1902.08153),
+and offsets of the codes as in Attention Round, whose gradients here pass straight
+through: weighted by the attention they gained nothing (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+import onnx_ir as ir
+import torch
+
+from onnx_attnround import qdq
+from onnx_attnround.checkpoint import TAKEN, Checkpoint
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import ModelError
+from onnx_attnround.reconstruct.activation_store import ActivationStore
+from onnx_attnround.reconstruct.layer_groups import Block, find_blocks
+from onnx_attnround.reconstruct.layerwise import (
+    moments_of,
+    open_layer,
+    round_layer,
+    threads_limited,
+    torch_threads,
+)
+from onnx_attnround.reconstruct.trained_block import QuantisedBlock, Tensors
+from onnx_attnround.reconstruct.walk import BlockBatch, BlockWalk
+from onnx_attnround.records import (
+    BlockRounding,
+    Event,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+)
+from onnx_attnround.runtime.device import Value, exact, open_device, room_on
+from onnx_attnround.samples import Samples
+from onnx_attnround.shadow import Shadow, build_shadow
+
+STEPS = 160  # of Adam, for a block
+MINIBATCH = 32  # samples in a step, at least
+FLOAT_SHARE = 0.5  # of a block's input elements that are the float model's, in training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """Roundings by node, parameters by tensor, and the record of each block.
+
+    ``settled`` are the tensors whose steps a block has learned, for good.
+    """
+
+    roundings: dict[str, LayerRounding]
+    params: dict[str, QuantParams]
+    blocks: list[BlockRounding] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
+
+    def add(
+        self,
+        block: BlockRounding,
+        roundings: Mapping[str, LayerRounding],
+        steps: Mapping[str, QuantParams],
+    ) -> None:
+        """Take up what one block has become."""
+        self.blocks.append(block)
+        self.roundings.update(roundings)
+        self.params.update(steps)
+        self.settled.update(steps)
+
+
+def refine_blocks(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    samples: Samples,
+    config: QuantConfig,
+    on_event: Callable[[Event], None],
+    checkpoint: Checkpoint | None = None,
+) -> Refined:
+    """Refine block after block, each against what the refined prefix really feeds it.
+
+    A block whose error on all samples does not fall stays as it was, and so does one
+    that cannot run in torch; its record says why. Deterministic for the same inputs.
+    Blocks that ``checkpoint`` holds are taken from it, the others are put there.
+    """
+    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
+    result = Refined(roundings=dict(roundings), params=dict(params))
+    quantised = qdq.insert(model, plan, params, roundings, "int8")
+    blocks = find_blocks(model, plan.layers)
+    kept = [checkpoint.get("refine", index) for index in range(len(blocks))]
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
+        walk = BlockWalk(
+            model,
+            quantised,
+            blocks,
+            samples,
+            batch_size=min(config.batch_size, MINIBATCH),
+            store=store,
+            threads=config.threads,
+            device=device,
+        )
+        for index, block in enumerate(blocks):
+            if None in kept[index:]:
+                walk.advance(index)
+            if missing := kept[index] is None:
+                with threads_limited(config.threads), exact(device):
+                    kept[index] = _Refinement(
+                        model, plan, config, result, block, walk, index, device
+                    ).run()
+                checkpoint.put(kept[index], "refine", index)
+            result.add(*kept[index])
+            _update(quantised, plan, result, block)
+            detail = f"{block[0].node} … {block[-1].node}  {result.blocks[-1].summary}"
+            detail += "" if missing else TAKEN
+            on_event(Event(stage="refine", done=index + 1, total=len(blocks), detail=detail))
+    return result
+
+
+Outcome = tuple[BlockRounding, dict[str, LayerRounding], dict[str, QuantParams]]
+
+
+class _Refinement:
+    """The work on one block, after the earlier ones in ``result``."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        config: QuantConfig,
+        result: Refined,
+        block: Block,
+        walk: BlockWalk,
+        index: int,
+        device: torch.device,
+    ) -> None:
+        self._model, self._plan, self._config = model, plan, config
+        self._result, self._block = result, block
+        self._walk, self._index, self._device = walk, index, device
+
+    def run(self) -> Outcome:
+        """Round the layers anew, train the block; the best of the three, for ``Refined.add``."""
+        names = tuple(layer.node for layer in self._block)
+        if len({layer.weight for layer in self._block}) < len(names):
+            return BlockRounding(nodes=names, skipped="two layers share a weight"), {}, {}
+        try:
+            shadow = build_shadow(self._model, *self._walk.names(self._index), self._device)
+            given = self._quantised(shadow, self._result.roundings)
+            before = self._error(given)
+            anew = self._quantised(shadow, self._rounded_anew(shadow))
+            best, error = min(((given, before), (anew, self._error(anew))), key=itemgetter(1))
+            trained = self._quantised(shadow, {**self._result.roundings, **best.roundings()})
+            self._train(trained)
+            best, error = min(((best, error), (trained, self._error(trained))), key=itemgetter(1))
+        except ModelError as reason:
+            return BlockRounding(nodes=names, skipped=str(reason)), {}, {}
+        record = BlockRounding(nodes=names, error_before=before, error_after=error)
+        return record, best.roundings(), best.steps()
+
+    def _quantised(
+        self, shadow: Shadow, roundings: Mapping[str, LayerRounding]
+    ) -> QuantisedBlock:
+        result = self._result
+        return QuantisedBlock(
+            shadow, self._block, roundings, result.params, self._plan, result.settled
+        )
+
+    def _rounded_anew(self, shadow: Shadow) -> dict[str, LayerRounding]:
+        """The layers one by one, as the first time, now that refined blocks lie before them."""
+        roundings = dict(self._result.roundings)
+        for number, planned in enumerate(self._block):
+            bits = roundings[planned.node].spec.bits
+            layer = open_layer(self._model, planned, self._result.params, bits, self._device)
+            inputs = self._layer_inputs(self._quantised(shadow, roundings), planned.x)
+            with torch_threads(layer, self._config.threads), torch.no_grad():
+                moments = moments_of(layer, inputs, self._walk.samples, None)
+                if moments.finite:
+                    rounding = round_layer(layer, moments, self._config, number)
+                    roundings[planned.node] = rounding
+        return roundings
+
+    def _layer_inputs(
+        self, block: QuantisedBlock, name: str
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per batch what a layer reads in the float model, and in the quantised one."""
+        for batch in self._batches():
+            plain: dict[str, torch.Tensor] = dict(_tensors(batch.plain))
+
+            def keep(
+                computed: str, value: torch.Tensor, plain: dict[str, torch.Tensor] = plain
+            ) -> torch.Tensor:
+                plain[computed] = value
+                return value
+
+            block.shadow(plain.copy(), None, keep)
+            seen: dict[str, torch.Tensor] = {}
+            block.forward(_tensors(batch.quantised), seen)
+            yield plain[name], seen[name]
+
+    def _batches(self) -> Iterator[BlockBatch]:
+        return (self._walk.batch(self._index, number) for number in range(self._walk.count))
+
+    def _train(self, block: QuantisedBlock) -> None:
+        """Adam with cosine decay, on minibatches of stored batches in random order."""
+        generator = torch.Generator().manual_seed(self._config.seed + self._index)
+        adam = torch.optim.Adam(block.parameters())
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
+        order: list[int] = []
+        for _ in range(STEPS):
+            adam.zero_grad()
+            taken = 0
+            while taken < min(MINIBATCH, self._walk.samples):
+                order = order or torch.randperm(self._walk.count, generator=generator).tolist()
+                batch = self._walk.batch(self._index, order.pop())
+                taken += batch.samples
+                loss = _loss(block.forward(_mixed(batch, generator)), batch) * batch.samples
+                if not loss.requires_grad:
+                    raise ModelError("its outputs have no gradient")
+                loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            decay.step()
+
+    def _error(self, block: QuantisedBlock) -> float:
+        """The loss over all samples, with inputs of the quantised prefix."""
+        total, samples = 0.0, 0
+        with torch.no_grad():
+            for batch in self._batches():
+                outputs = block.forward(_tensors(batch.quantised))
+                total += float(_loss(outputs, batch)) * batch.samples
+                samples += batch.samples
+        return total / samples
+
+
+def _tensors(values: Mapping[str, Value]) -> dict[str, torch.Tensor]:
+    tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
+    if foreign := values.keys() - tensors.keys():
+        raise ModelError(f"PyTorch has no type for '{min(foreign)}'")
+    return tensors
+
+
+def _mixed(batch: BlockBatch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Inputs of the quantised prefix, with a random share of elements from the float model."""
+    feeds, plain = _tensors(batch.quantised), _tensors(batch.plain)
+    for name, quantised in feeds.items():
+        if quantised.is_floating_point():
+            chosen = torch.rand(quantised.shape, generator=generator) < FLOAT_SHARE
+            feeds[name] = torch.where(chosen.to(quantised.device), plain[name], quantised)
+    return feeds
+
+
+def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
+    """Mean over the outputs of the squared error, each relative to its mean square."""
+    wanted = _tensors(batch.outputs)
+    floating = [name for name in wanted if wanted[name].is_floating_point()]
+    if not floating:
+        raise ModelError("its outputs are integers")
+    losses = [
+        (outputs[name].to(wanted[name].device) - wanted[name]).square().mean()
+        / wanted[name].square().mean().clamp_min(1e-30)
+        for name in floating
+    ]
+    return torch.stack(losses).mean()
+
+
+def _update(quantised: ir.Model, plan: QuantPlan, result: Refined, block: Block) -> None:
+    """Bring the model of the walk to the state of ``result``."""
+    for name in result.settled:  # no other scale has changed
+        qdq.update_scale(quantised, name, result.params[name])
+    for layer in block:
+        qdq.update_layer(quantised, layer, result.roundings[layer.node], result.params, plan)

@@ -1,0 +1,246 @@
+"""Round every layer along the walk, each against what the quantised prefix really feeds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from onnx_attnround import qdq
+from onnx_attnround.checkpoint import TAKEN, Checkpoint
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.ops import weight_matrix, weight_tensor
+from onnx_attnround.reconstruct.activation_store import ActivationStore
+from onnx_attnround.reconstruct.walk import Walk
+from onnx_attnround.records import (
+    Array,
+    BitAllocation,
+    Event,
+    LayerPlan,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+    QuantSpec,
+)
+from onnx_attnround.rounding.methods import Solution, solve
+from onnx_attnround.rounding.moments import Moments, collect
+from onnx_attnround.rounding.objective import objective, plain_objective
+from onnx_attnround.runtime.device import CPU, fetched, open_device, room_on
+from onnx_attnround.samples import Samples
+
+INT32_HEADROOM = 2.0**30  # a bias may take half of the int32 range
+SINGLE_THREAD_BELOW = 1 << 18  # weights; threads cost more than they give on smaller layers
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer as the methods see it: weight ``[g, o, d]``, bias ``[g, o]`` or ``None``."""
+
+    plan: LayerPlan
+    spec: QuantSpec
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale_floor: torch.Tensor
+
+    @property
+    def shared_axes(self) -> tuple[int, ...]:
+        """The axes of ``[g, o]`` along which the weight has one scale."""
+        if self.spec.axis is None:
+            return (0, 1)
+        # ConvTranspose: the channel axis of the weight does not tell groups apart
+        return (0,) if self.plan.op_type == "ConvTranspose" else ()
+
+    def rounding(
+        self, solution: Solution, bias: torch.Tensor | None, power: float
+    ) -> LayerRounding:
+        """The record of a solution; ``power`` is the variance of the layer's output."""
+        scale = self._scales(solution.scale)
+        return LayerRounding(
+            weight=self.plan.weight,
+            spec=self.spec,
+            codes=weight_tensor(self.plan, fetched(solution.codes.to(torch.int8))),
+            scale=scale,
+            zero_point=np.zeros(scale.shape, np.int8),
+            bias=None if bias is None else fetched(bias.reshape(-1)).astype(np.float32),
+            mse_nearest=float(solution.loss_nearest.sum()) / power,
+            mse_final=float(solution.loss.sum()) / power,
+            changed=solution.changed,
+        )
+
+    def _scales(self, scale: torch.Tensor) -> Array:
+        """The scales of a solution as :class:`LayerRounding` has them."""
+        if self.spec.block_size:
+            return weight_tensor(self.plan, fetched(scale[..., :: self.spec.block_size]))
+        shared = tuple(0 if axis in self.shared_axes else slice(None) for axis in (0, 1))
+        values = fetched(scale[(*shared, 0)])
+        return values.reshape(-1) if values.ndim else values
+
+
+def round_plain(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    allocation: BitAllocation,
+) -> dict[str, LayerRounding]:
+    """Nearest rounding of every layer on the error of its weights, without calibration."""
+    roundings = {}
+    for planned in plan.layers:
+        layer = open_layer(model, planned, params, allocation.bits[planned.node])
+        problem = plain_objective(
+            layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_axes=layer.shared_axes
+        )
+        with torch_threads(layer, None):
+            solution = solve(problem, "nearest", steps=0, seed=0)
+        power = max(float(layer.weight.square().sum()), 1e-30)
+        roundings[layer.plan.node] = layer.rounding(solution, layer.bias, power)
+    return roundings
+
+
+def round_layers(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    allocation: BitAllocation,
+    samples: Samples,
+    config: QuantConfig,
+    on_event: Callable[[Event], None],
+    checkpoint: Checkpoint | None = None,
+) -> dict[str, LayerRounding]:
+    """Round layer after layer, in graph order, on the objective of ``rounding/moments.py``.
+
+    Returns one rounding per node name. Deterministic for the same inputs and device. Layers that
+    ``checkpoint`` holds are taken from it, the others are put there.
+    """
+    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
+    roundings = round_plain(model, plan, params, allocation)
+    quantised = qdq.insert(model, plan, params, roundings, "int8")
+    kept = [checkpoint.get("round", index) for index in range(len(plan.layers))]
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
+        walk = Walk(
+            model,
+            quantised,
+            plan.layers,
+            samples,
+            batch_size=config.batch_size,
+            store=store,
+            threads=config.threads,
+            device=device,
+        )
+        for index, planned in enumerate(plan.layers):
+            if None in kept[index:]:
+                walk.advance(index)
+            layer = open_layer(model, planned, params, allocation.bits[planned.node], device)
+            rounding = kept[index] or roundings[planned.node]
+            if kept[index] is None:
+                with torch_threads(layer, config.threads):
+                    moments = moments_of(
+                        layer, walk.inputs(index), samples.count, params.get(planned.x)
+                    )
+                    if moments.finite:  # else what round_plain made of the layer stays
+                        rounding = round_layer(layer, moments, config, index)
+                checkpoint.put(rounding, "round", index)
+            roundings[planned.node] = rounding
+            qdq.update_layer(quantised, planned, rounding, params, plan)
+            detail = _outcome(layer, rounding) + (TAKEN if kept[index] else "")
+            on_event(Event(stage="round", done=index + 1, total=len(plan.layers), detail=detail))
+    return roundings
+
+
+def moments_of(
+    layer: Layer,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    count: int,
+    params: QuantParams | None,
+) -> Moments:
+    """The moments that ``layer`` is rounded on: centred where a bias takes up the mean error.
+
+    ``batches``, ``count`` and ``params`` as in :func:`moments.collect`.
+    """
+    return collect(
+        layer.plan, layer.weight, batches, count, params, centred=layer.bias is not None
+    )
+
+
+def torch_threads(layer: Layer, limit: int | None) -> AbstractContextManager[None]:
+    """One thread for a small layer, else all that torch or ``limit`` allows."""
+    return threads_limited(1 if layer.weight.numel() < SINGLE_THREAD_BELOW else limit)
+
+
+@contextmanager
+def threads_limited(limit: int | None) -> Iterator[None]:
+    """At most ``limit`` threads of torch; as many as usual if it is ``None``."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(limit or usual)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int) -> LayerRounding:
+    """Round one layer by the method of ``config``; its bias takes up the mean error."""
+    problem = objective(
+        layer.weight,
+        moments,
+        layer.spec,
+        scale_floor=layer.scale_floor,
+        shared_axes=layer.shared_axes,
+    )
+    solution = solve(problem, config.method, steps=config.steps, seed=config.seed + index)
+    bias = None
+    if layer.bias is not None:
+        delta = solution.codes * solution.scale - layer.weight
+        bias = layer.bias + (layer.weight @ moments.mean_e[..., None])[..., 0]
+        bias = bias - (delta @ moments.mean_v[..., None])[..., 0]
+    return layer.rounding(solution, bias, max(float(moments.signal.sum()), 1e-30))
+
+
+def _outcome(layer: Layer, rounding: LayerRounding) -> str:
+    nearest, final = (
+        f"{10 * np.log10(max(mse, 1e-30)):.1f} dB"
+        for mse in (rounding.mse_nearest, rounding.mse_final)
+    )
+    return f"{layer.plan.node}  {layer.spec.bits} bits  {nearest} → {final}"
+
+
+def open_layer(
+    model: ir.Model,
+    plan: LayerPlan,
+    params: Mapping[str, QuantParams],
+    bits: int,
+    device: torch.device = CPU,
+) -> Layer:
+    """The layer, its weight and bias from ``model`` on ``device``, to be rounded to ``bits``."""
+    matrix = weight_matrix(plan, _constant(model, plan.weight))
+    weight = torch.from_numpy(matrix.copy()).to(device)
+    bias = _bias(model, plan, weight)
+    floor = weight.new_full(weight.shape[:2], torch.finfo(torch.float32).tiny)
+    if bias is not None and plan.x in params:
+        floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
+    layer = Layer(plan, plan.spec_of(bits), weight, bias, floor)
+    if layer.shared_axes:
+        floor = floor.amax(layer.shared_axes, keepdim=True).expand_as(floor)
+    return replace(layer, scale_floor=floor)
+
+
+def _bias(model: ir.Model, plan: LayerPlan, weight: torch.Tensor) -> torch.Tensor | None:
+    """The bias as ``[g, o]``; zeros where the op could have one, for it to be corrected."""
+    shape = weight.shape[:2]
+    if plan.op_type == "MatMul":
+        return None
+    if plan.bias is None:
+        return weight.new_zeros(shape)
+    row = torch.from_numpy(_constant(model, plan.bias).astype(np.float32)).reshape(-1)
+    return row.to(weight.device).expand(shape.numel()).reshape(shape).clone()
+
+
+def _constant(model: ir.Model, name: str) -> Array:
+    tensor = model.graph.initializers[name].const_value
+    if tensor is None:
+        raise KeyError(name)
+    values: Array = tensor.numpy()
+    return values

@@ -1,0 +1,178 @@
+"""What each width of each layer costs the model: the errors that the allocator ``gram`` weighs.
+
+The walk over the float model gives each layer's moments, and with them the error
+``N(b)`` of rounding to nearest with ``b`` bits, relative to the variance of the
+layer's output. How much of a layer's error reaches the model's outputs is measured:
+with that layer alone rounded, to ``PROBE_BITS``, the outputs are off by ``E``, as a
+share of their power. Then ``b`` bits cost ``E N(b) / N(PROBE_BITS)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_attnround.checkpoint import TAKEN, Checkpoint
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.errors import CalibrationError
+from onnx_attnround.graph import tensor_value
+from onnx_attnround.qdq.arithmetic import dequantize, spread
+from onnx_attnround.reconstruct.activation_store import ActivationStore
+from onnx_attnround.reconstruct.layerwise import (
+    Layer,
+    moments_of,
+    open_layer,
+    round_layer,
+    torch_threads,
+)
+from onnx_attnround.reconstruct.walk import Walk
+from onnx_attnround.records import Array, Event, LayerErrors, LayerPlan, LayerRounding, QuantPlan
+from onnx_attnround.rounding.moments import Moments
+from onnx_attnround.runtime.device import open_device, room_on
+from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.samples import Feeds, Samples
+
+PROBE_BITS = 4
+PROBE_SAMPLES = 64  # on which the error of the outputs is measured
+
+
+def layer_errors(
+    model: ir.Model,
+    plan: QuantPlan,
+    samples: Samples,
+    config: QuantConfig,
+    on_event: Callable[[Event], None],
+    checkpoint: Checkpoint | None = None,
+) -> LayerErrors:
+    """The error of the outputs, by node name and each of ``bit_choices``; deterministic.
+
+    Activations stay float. The error of a layer whose inputs are too large to be
+    squared is taken to be ``4^-b``. Layers that ``checkpoint`` holds are taken from
+    it, the others are put there. Raises ``CalibrationError`` if the model does not
+    run on the samples.
+    """
+    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
+    kept = [checkpoint.get("measure", index) for index in range(len(plan.layers))]
+    probe = _Probe(model, plan.layers, samples, config)
+    errors = {}
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
+        walk = Walk(
+            model,
+            None,
+            plan.layers,
+            samples,
+            batch_size=config.batch_size,
+            store=store,
+            threads=config.threads,
+            device=device,
+        )
+        for index, planned in enumerate(plan.layers):
+            if None in kept[index:]:
+                walk.advance(index)
+            if missing := kept[index] is None:
+                layer = open_layer(model, planned, {}, PROBE_BITS, device)
+                with torch_threads(layer, config.threads):
+                    moments = moments_of(layer, walk.inputs(index), samples.count, None)
+                    kept[index] = _costs(layer, moments, probe, config)
+                checkpoint.put(kept[index], "measure", index)
+            errors[planned.node] = kept[index]
+            detail = planned.node + ("" if missing else TAKEN)
+            done = Event(stage="measure", done=index + 1, total=len(plan.layers), detail=detail)
+            on_event(done)
+    return errors
+
+
+def _costs(
+    layer: Layer, moments: Moments, probe: _Probe, config: QuantConfig
+) -> dict[int, float]:
+    """The error of the outputs by the bits of one layer."""
+    if not moments.finite:
+        return {bits: 4.0**-bits for bits in config.bit_choices}
+    nearest = config.model_copy(update={"method": "nearest"})
+    roundings = {
+        bits: round_layer(
+            replace(layer, spec=layer.plan.spec_of(bits)), moments, nearest, index=0
+        )
+        for bits in {*config.bit_choices, PROBE_BITS}
+    }
+    usual = roundings[PROBE_BITS]
+    share = probe.error(layer.plan, usual) / max(usual.mse_final, 1e-30)
+    return {bits: share * roundings[bits].mse_final for bits in config.bit_choices}
+
+
+class _Probe:
+    """The float model, run with one layer's weight and bias replaced."""
+
+    def __init__(
+        self, model: ir.Model, layers: Sequence[LayerPlan], samples: Samples, config: QuantConfig
+    ) -> None:
+        named = {name for layer in layers for name in (layer.weight, layer.bias) if name}
+        self._shapes = {name: tensor_value(model, name).shape for name in sorted(named)}
+        self._session = open_session(
+            _overridable(model, self._shapes), threads=config.threads, device=config.device
+        )
+        self._names = [o.name for o in self._session.get_outputs() if "float" in o.type]
+        self._feeds = list(_first(samples, config.batch_size))
+        self._expected = [self._run(feeds) for feeds in self._feeds]
+
+    def error(self, layer: LayerPlan, rounding: LayerRounding) -> float:
+        """Error over power of each float output, summed; 0 if none can be compared."""
+        replaced = self._replaced(layer, rounding)
+        sums = np.zeros((len(self._names), 2))
+        for feeds, expected in zip(self._feeds, self._expected, strict=True):
+            got = self._run({**feeds, **replaced})
+            sums += [_powers(*pair) for pair in zip(got, expected, strict=True)]
+        return float((sums[:, 0] / np.maximum(sums[:, 1], 1e-30)).sum())
+
+    def _replaced(self, layer: LayerPlan, rounding: LayerRounding) -> dict[str, Array]:
+        """The weight as the codes have it, and the corrected bias where the layer has one."""
+        codes, spec = rounding.codes.astype(np.float32), rounding.spec
+        scale, zero = (
+            spread(values, codes.shape, spec) for values in (rounding.scale, rounding.zero_point)
+        )
+        replaced = {layer.weight: dequantize(codes, scale, zero).astype(np.float32)}
+        bias = rounding.bias
+        if layer.bias and bias is not None and bias.size == np.prod(self._shapes[layer.bias]):
+            replaced[layer.bias] = bias.reshape(self._shapes[layer.bias])
+        return replaced
+
+    def _run(self, feeds: Feeds) -> list[Array]:
+        try:
+            return list(self._session.run(self._names, dict(feeds)))
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            raise CalibrationError(
+                f"ONNX Runtime failed on calibration samples: {first_line(error)}"
+            ) from error
+
+
+def _overridable(model: ir.Model, names: Mapping[str, object]) -> ir.Model:
+    """A copy in which these constants are the defaults of inputs."""
+    result = model.clone()
+    for name in names:
+        value = result.graph.initializers[name]
+        if not value.is_graph_input():
+            result.graph.inputs.append(value)
+    return result
+
+
+def _first(samples: Samples, batch_size: int) -> Iterator[Feeds]:
+    """Batches of at least ``PROBE_SAMPLES`` samples in all, or of all there are."""
+    seen = 0
+    for feeds in samples.batches(min(batch_size, PROBE_SAMPLES)):
+        yield feeds
+        seen += max((len(values) for values in feeds.values() if values.ndim), default=1)
+        if seen >= PROBE_SAMPLES:
+            return
+
+
+def _powers(got: Array, expected: Array) -> tuple[float, float]:
+    """Sums of squares of the error and of what is expected; 0 where the two do not compare."""
+    if got.shape != expected.shape:
+        return 0.0, 0.0
+    comparable = np.isfinite(got) & np.isfinite(expected)
+    wanted = expected[comparable].astype(np.float64)
+    error = got[comparable] - wanted
+    return float(error @ error), float(wanted @ wanted)

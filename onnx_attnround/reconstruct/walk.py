@@ -1,0 +1,253 @@
+"""Walk float model and quantised prefix side by side, once, from layer to layer or by blocks.
+
+At layer or block ``k`` the walk provides what it reads in the float model and in
+the model whose earlier layers are already quantised. Only tensors that a later
+stage reads are kept; the prefix is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from onnx_attnround.errors import CalibrationError
+from onnx_attnround.reconstruct.activation_store import ActivationStore
+from onnx_attnround.reconstruct.cuts import Stage, cut, cut_blocks, extract, raw_names
+from onnx_attnround.records import LayerPlan
+from onnx_attnround.runtime.device import Value, placed, release, run_on
+from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.samples import Samples
+
+
+class Walk:
+    """The two streams. Call ``advance(k)``, read ``inputs(k)``, quantise layer ``k``, and so on.
+
+    ``quantised`` may be updated in place between the calls: stage ``k`` is
+    extracted when it is reached. Without it, the float stream stands for both.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        quantised: ir.Model | None,
+        layers: Sequence[LayerPlan],
+        samples: Samples,
+        *,
+        batch_size: int,
+        store: ActivationStore,
+        threads: int | None,
+        device: torch.device,
+    ) -> None:
+        names = [layer.node for layer in layers]
+        self._feeds = _placed(samples, batch_size, device)
+        self._streams = [_Stream("float", model, cut(model, names), store, threads, device)]
+        if quantised is not None:
+            stages = cut(quantised, names, _added_codes(quantised, model))
+            self._streams.append(
+                _Stream("quantised", quantised, stages, store, threads, device)
+            )
+        self._batches = 0
+
+    def advance(self, index: int) -> None:
+        """Compute what layer ``index`` reads, from what layer ``index - 1`` now is."""
+        if index == 0:
+            self._batches = _start(self._streams, self._feeds)
+            return
+        for stream in self._streams:
+            stream.advance(index, self._batches)
+            stream.release(index)
+
+    def inputs(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per batch the float input of layer ``index`` and that of the quantised prefix.
+
+        The latter are codes where the tensor is quantised.
+        """
+        plain, quantised = self._streams[0], self._streams[-1]
+        for batch in range(self._batches):
+            yield plain.layer_input(index, batch), quantised.layer_input(index, batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBatch:
+    """One batch at a block: its inputs in both models, before quantisation, and float outputs.
+
+    Tensors by their names in the float model, each ``[n, ...]``.
+    """
+
+    plain: Mapping[str, Value]
+    quantised: Mapping[str, Value]
+    outputs: Mapping[str, Value]
+
+    @property
+    def samples(self) -> int:
+        """How many samples the batch holds."""
+        return next((len(values) for values in self.outputs.values() if values.ndim), 1)
+
+
+class BlockWalk:
+    """The two streams from block to block: ``advance(k)``, ``batches(k)``, quantise, and so on.
+
+    The float stream is one block ahead, for the outputs that block ``k`` is to reproduce.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        quantised: ir.Model,
+        blocks: Sequence[Sequence[LayerPlan]],
+        samples: Samples,
+        *,
+        batch_size: int,
+        store: ActivationStore,
+        threads: int | None,
+        device: torch.device,
+    ) -> None:
+        names = [[layer.node for layer in block] for block in blocks]
+        self.samples = samples.count
+        self._feeds = _placed(samples, batch_size, device)
+        self._stages = cut_blocks(model, names)
+        self._plain = _Stream("float", model, self._stages, store, threads, device)
+        self._quantised = _Stream(
+            "quantised", quantised, cut_blocks(quantised, names), store, threads, device
+        )
+        self._raw = raw_names(quantised)
+        self.count = 0
+        """How many batches there are, once ``advance(0)`` is done."""
+
+    def advance(self, index: int) -> None:
+        """Compute what block ``index`` reads and is to reproduce, from what the last one now is."""
+        if index == 0:
+            self.count = _start((self._plain, self._quantised), self._feeds)
+        else:
+            self._quantised.advance(index, self.count)
+            for stream in (self._plain, self._quantised):
+                stream.release(index)
+        self._plain.advance(index + 1, self.count)
+
+    def names(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The inputs and the outputs of block ``index`` in the float model."""
+        return self._stages[index + 1].inputs, self._stages[index + 1].outputs
+
+    def batch(self, index: int, batch: int) -> BlockBatch:
+        """One of the ``count`` batches at block ``index``, after ``advance(index)``."""
+        inputs, outputs = self.names(index)
+        return BlockBatch(
+            plain={name: self._plain.get(name, batch) for name in inputs},
+            quantised={n: self._quantised.get(self._raw.get(n, n), batch) for n in inputs},
+            outputs={name: self._plain.get(name, batch) for name in outputs},
+        )
+
+
+def _placed(
+    samples: Samples, batch_size: int, device: torch.device
+) -> Iterator[dict[str, Value]]:
+    for feeds in samples.batches(batch_size):
+        yield {name: placed(values, device) for name, values in feeds.items()}
+
+
+def _start(streams: Sequence[_Stream], feeds: Iterator[dict[str, Value]]) -> int:
+    """Read the samples once, keep what later stages read of them; the number of batches."""
+    runs = [stream.start() for stream in streams]
+    batches = 0
+    for batch, values in enumerate(feeds):
+        for run in runs:
+            run(batch, values)
+        batches = batch + 1
+    return batches
+
+
+class _Stream:
+    """One model, its stages and its live tensors in the store."""
+
+    def __init__(
+        self,
+        label: str,
+        model: ir.Model,
+        stages: Sequence[Stage],
+        store: ActivationStore,
+        threads: int | None,
+        device: torch.device,
+    ) -> None:
+        self._label = label
+        self._model = model
+        self._stages = stages
+        self._store = store
+        self._threads = threads
+        self._device = device
+
+    def layer_input(self, index: int, batch: int) -> torch.Tensor:
+        """What the layer behind stage ``index`` reads."""
+        (name,) = self._stages[index].reads
+        return cast(torch.Tensor, self.get(name, batch))  # no layer reads text
+
+    def get(self, name: str, batch: int) -> Value:
+        """A live tensor."""
+        return self._store.get(f"{self._label}:{name}", batch)
+
+    def start(self) -> Callable[[int, dict[str, Value]], None]:
+        """What to call with each batch of samples: runs stage 0 on it."""
+        stage = self._stages[0]
+        session = self._session(stage)
+        kept = {name for later in self._stages[1:] for name in later.inputs}
+        kept |= {name for stage in self._stages for name in stage.reads}
+
+        def run(batch: int, feeds: dict[str, Value]) -> None:
+            for name in feeds.keys() & kept:
+                self._put(name, batch, feeds[name])
+            if session is not None:
+                self._run(session, stage, batch, feeds)
+
+        return run
+
+    def advance(self, index: int, batches: int) -> None:
+        stage = self._stages[index]
+        session = self._session(stage)
+        if session is not None:
+            for batch in range(batches):
+                self._run(session, stage, batch, {n: self.get(n, batch) for n in stage.inputs})
+
+    def release(self, index: int) -> None:
+        """Forget what no stage behind ``index`` reads."""
+        for name in self._stages[index].released:
+            self._store.release(f"{self._label}:{name}")
+
+    def _session(self, stage: Stage) -> ort.InferenceSession | None:
+        if not stage.outputs:
+            return None
+        release(self._device)
+        model = extract(self._model, stage)
+        return open_session(model, threads=self._threads, device=self._device.type)
+
+    def _put(self, name: str, batch: int, value: Value) -> None:
+        self._store.put(f"{self._label}:{name}", batch, value)
+
+    def _run(
+        self, session: ort.InferenceSession, stage: Stage, batch: int, values: Mapping[str, Value]
+    ) -> None:
+        feeds = {name: values[name] for name in stage.inputs}
+        try:
+            results = run_on(self._device, session, stage.outputs, feeds)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            raise CalibrationError(
+                f"ONNX Runtime failed on calibration batch {batch}: {first_line(error)}"
+            ) from error
+        for name, value in zip(stage.outputs, results, strict=True):
+            self._put(name, batch, value)
+
+
+def _added_codes(quantised: ir.Model, model: ir.Model) -> set[str]:
+    """The integer tensors that stand for activations in ``quantised`` alone."""
+    known = {value.name for node in model.graph for value in node.outputs}
+    read = {
+        node.inputs[0].name or ""
+        for node in quantised.graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None
+    }
+    return read - known

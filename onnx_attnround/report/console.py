@@ -1,0 +1,277 @@
+"""The record of a run as tables and lines, for people at a console."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from onnx_attnround.check import Checked, Fusion
+from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
+from onnx_attnround.verify import Latency, OutputComparison, Verification
+
+if TYPE_CHECKING:
+    from onnx_attnround.pipeline import QuantizeResult
+    from onnx_attnround.pipeline.trade_off import Point
+
+_FEW = 5  # names that are listed before the rest is counted
+
+
+def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> RenderableType:
+    """What the command line prints: the comparison, notes, and where the output is.
+
+    ``verbose`` adds a table of the layers.
+    """
+    parts: list[RenderableType] = []
+    if verbose:
+        parts.append(_layer_table(result))
+    if result.verification is not None:
+        elsewhere = result.plan.target.name != "ort"
+        parts.append(_comparison(result.verification, elsewhere=elsewhere))
+    parts += _fusion_lines(result.checked.fusion, result.plan.skipped)
+    parts += _finding_lines(result.checked)
+    if result.plan.target.runtime == "onnxruntime":
+        parts += _release_line(result.checked)
+    if result.verification is not None and result.verification.not_compared:
+        parts.append(f"not compared with float: {_named(result.verification.not_compared)}")
+    if result.plan.layers:
+        parts.append(_bits(result))
+    parts += [f"note: {note}" for note in result.notes]
+    if output is not None:
+        parts.append(f"wrote {output}")
+    return Group(*parts)
+
+
+def check_console(checked: Checked) -> RenderableType:
+    """What ``--check`` prints: the findings, what runs in integer, and whether it is sound."""
+    table = _table("", "node", "rule", "because")
+    for found in checked.findings:
+        table.add_row("refused" if found.refused else "note", found.node, found.rule, found.why)
+    parts: list[RenderableType] = [table] if checked.findings else []
+    if checked.loads:
+        parts += _fusion_lines(checked.fusion, {})
+    parts += _release_line(checked)
+    if checked.loads and not checked.ran:
+        parts.append("not run: the runtime is not here, or shapes are unknown (give --calib)")
+    if not checked.findings:
+        parts.append(f"no rule of target '{checked.target}' is broken")
+    return Group(*parts)
+
+
+def points_table(points: Sequence[Point], *, verbose: bool) -> RenderableType:
+    """What the command line prints of a trade-off: a row for each point, ``*`` on the front.
+
+    ``verbose`` puts what a run of its own would print before it.
+    """
+    headers = "mean bits", "bytes", "SQNR", "agreement", "top-1", "speed"
+    table = _table(*(f">{name}" for name in headers), "front", "file")
+    found = points[0].verification
+    top1 = "" if found.accuracy is None else f"{found.accuracy.float_top1:.2%}"
+    table.add_row("float", f"{found.float_bytes:,}", "", "", top1, "", "", "")
+    for point in points:
+        table.add_row(*_point_cells(point))
+    runs = [
+        console(point.result, output=point.output, verbose=True) for point in points if verbose
+    ]
+    return Group(*runs, table, *(f"note: {note}" for note in points[0].result.notes))
+
+
+def _point_cells(point: Point) -> list[str]:
+    found = point.verification
+    worst, accuracy = found.worst_output, found.accuracy
+    agreements = [output.agreement for output in found.outputs if output.agreement is not None]
+    return [
+        f"{point.config.mean_bits:g}",
+        f"{point.size:,}",
+        "" if worst is None else f"{worst.sqnr_db:.2f} dB",
+        f"{min(agreements):.2%}" if agreements else "",
+        "" if accuracy is None else f"{accuracy.quantised_top1:.2%}",
+        f"{found.latency.speedup:.2f}x",
+        "*" if point.on_front else "",
+        "gate missed" if point.missed else str(point.output or ""),
+    ]
+
+
+def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
+    """What ``--dry-run`` prints: the layers with their bits, and what stays float and why."""
+    layers = _table("layer", "op", *(f">{name}" for name in ("shape", "weights", "MACs", "bits")))
+    for layer in plan.layers:
+        layers.add_row(*_plan_cells(layer, allocation))
+    weights = sum(layer.parameters for layer in plan.layers)
+    summary = (
+        f"layers: {len(plan.layers)}, weights: {weights:,}, "
+        f"mean bits (first, last and layer_bits left out): {_mean_bits(plan, allocation)}, "
+        f"nodes left in float: {len(plan.skipped)}"
+    )
+    notes = [(plan.skipped, "stays in float"), (plan.unblocked, "no blocks of scales")]
+    tables = [_reasons(reasons, what) for reasons, what in notes if reasons]
+    return Group(layers, *tables, summary)
+
+
+def _reasons(reasons: Mapping[str, str], what: str) -> Table:
+    table = _table(what, "because")
+    for node, reason in reasons.items():
+        table.add_row(node, reason)
+    return table
+
+
+def _mean_bits(plan: QuantPlan, allocation: BitAllocation) -> str:
+    """The mean, or why there is none."""
+    if len(allocation.bits) < len(plan.layers):
+        return "known after a run, which measures the layers"
+    return "none" if math.isnan(allocation.mean_bits) else f"{allocation.mean_bits:.2f}"
+
+
+def _bits(result: QuantizeResult) -> str:
+    """The bits of all layers in one line; those of scales too where blocks have their own."""
+    layers = result.plan.layers
+    bits = [result.allocation.bits[layer.node] for layer in layers]
+    sizes = [layer.parameters for layer in layers]
+    mean = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
+    counts = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits).items()))
+    roundings = result.roundings.values()
+    if any(rounding.spec.block_size for rounding in roundings):
+        scales = 32 * sum(rounding.scale.size for rounding in roundings) / sum(sizes)
+        counts = f"{counts}; {mean + scales:.2f} bits with the scales"
+    return f"{mean:.2f} bits per weight; layers by bits: {counts}"
+
+
+def _table(*headers: str) -> Table:
+    """A plain table; columns whose header starts with ``>`` are right-aligned."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for header in headers:
+        right = header.startswith(">")
+        table.add_column(
+            header.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+        )
+    return table
+
+
+def _plan_cells(layer: LayerPlan, allocation: BitAllocation) -> list[str]:
+    return [
+        layer.node,
+        layer.op_type,
+        "x".join(map(str, layer.weight_shape)),
+        f"{layer.parameters:,}",
+        "?" if layer.macs is None else f"{layer.macs:,}",
+        str(allocation.bits.get(layer.node, "-")),
+    ]
+
+
+def _layer_table(result: QuantizeResult) -> Table:
+    numbers = ("shape", "weights", "MACs", "bits", "error nearest", "error final", "moved", "SQNR")
+    table = _table("layer", "op", *(f">{name}" for name in numbers))
+    for layer in result.plan.layers:
+        found = result.roundings.get(layer.node)
+        sqnr = result.verification and result.verification.layer_sqnr.get(layer.node)
+        table.add_row(
+            *_plan_cells(layer, result.allocation),
+            *(("", "", "") if found is None else (
+                f"{found.mse_nearest:.2e}", f"{found.mse_final:.2e}", f"{found.changed:.1%}"
+            )),
+            "" if sqnr is None else f"{sqnr:.1f} dB",
+        )  # fmt: skip
+    return table
+
+
+def _comparison(verification: Verification, *, elsewhere: bool) -> Table:
+    table = _table("", ">float", ">quantised", ">change")
+    if (accuracy := verification.accuracy) is not None:
+        table.add_row(
+            f"top-1 ({accuracy.samples} samples)",
+            f"{accuracy.float_top1:.2%}",
+            f"{accuracy.quantised_top1:.2%}",
+            f"{0.0 - accuracy.drop_points:+.2f} points",
+        )
+    for output in verification.outputs:
+        kind = "samples" if verification.held_out else "calibration samples"
+        _add_output(table, output, f"{verification.samples} {kind}")
+    table.add_row(
+        "size",
+        _size(verification.float_bytes),
+        _size(verification.quantised_bytes),
+        _times(verification.float_bytes / verification.quantised_bytes),
+    )
+    _add_latency(table, verification.latency, " in ONNX Runtime here" if elsewhere else "")
+    return table
+
+
+def _add_output(table: Table, output: OutputComparison, samples: str) -> None:
+    if output.agreement is not None:
+        kind = "values equal" if output.sqnr_db is None else "top-1 agrees"
+        table.add_row(f"{output.name}: {kind}", "", "", f"{output.agreement:.2%}")
+    if output.sqnr_db is not None:
+        sqnr = f"{output.sqnr_db:.2f} dB" if math.isfinite(output.sqnr_db) else "exact"
+        table.add_row(f"{output.name}: SQNR ({samples})", "", "", sqnr)
+    table.add_row(f"{output.name}: largest error", "", "", f"{output.max_abs_error:.3g}")
+
+
+def _add_latency(table: Table, latency: Latency, where: str) -> None:
+    low, high = latency.spread
+    table.add_row(
+        f"latency{where} (batch {latency.batch}, 1 thread)",
+        f"{latency.float_ms:.2f} ms",
+        f"{latency.quantised_ms:.2f} ms",
+        f"{latency.speedup:.2f}x as fast ({low:.2f} to {high:.2f})",
+    )
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+def _times(shrunk: float) -> str:
+    """By how much a file of a ``shrunk``-th of the bytes is smaller, or larger."""
+    return f"{shrunk:.2f}x smaller" if shrunk >= 1 else f"{1 / shrunk:.2f}x larger"
+
+
+def _fusion_lines(fusion: Fusion, skipped: Mapping[str, str]) -> Iterable[str]:
+    """How many layers run in integer, and a line for each reason why others do not.
+
+    So does what was ``skipped``, which need not count among the layers, for the reason of the plan.
+    """
+    total = len(fusion.macs)
+    where = "in" if fusion.measured else "by the rules of"
+    if fusion.weight_only:
+        kernels = Counter(fusion.weight_only.values()).most_common()
+        told = ", ".join(f"{count} by {kernel}" for kernel, count in kernels)
+        yield (
+            f"{len(fusion.weight_only)} of {total} layers have low-bit weights and float inputs "
+            f"{where} {fusion.runtime}: {told}"
+        )
+    if fusion.integer or fusion.fallen:
+        known = fusion.integer_share is not None
+        share = f", {fusion.integer_share:.1%} of their MACs" if known else ""
+        done = len(fusion.integer)
+        yield f"{done} of {total} layers run in integer {where} {fusion.runtime}{share}"
+    reasons: dict[str, list[str]] = {}
+    for node, why in {**fusion.fallen, **skipped}.items():
+        reasons.setdefault(why, []).append(node)
+    for why, nodes in reasons.items():
+        yield f"in float, {why}: {_named(tuple(nodes))}"
+
+
+def _finding_lines(checked: Checked) -> Iterable[str]:
+    for found in checked.findings[:_FEW]:
+        yield f"check: {found.node}: {found.why} [{found.rule}]"
+    if (more := len(checked.findings) - _FEW) > 0:
+        yield f"check: {more} more, all in the report"
+
+
+def _release_line(checked: Checked) -> Iterable[str]:
+    if checked.oldest_onnxruntime is not None:
+        yield f"loads in ONNX Runtime {checked.oldest_onnxruntime} or newer"
+
+
+def _named(names: tuple[str, ...]) -> str:
+    more = len(names) - _FEW
+    return ", ".join(names[:_FEW]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,165 @@
+"""The record of a run as JSON, for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnxruntime as ort
+
+from onnx_attnround.check import Checked
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.graph import write_atomic
+from onnx_attnround.records import LayerPlan
+from onnx_attnround.verify import Verification
+
+if TYPE_CHECKING:
+    from onnx_attnround.pipeline import QuantizeResult
+    from onnx_attnround.pipeline.trade_off import Point
+
+SCHEMA = 1
+"""Raised when a key of the report changes its meaning or vanishes."""
+
+
+def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
+    """All that is known of a run, ready for JSON.
+
+    A figure that does not exist is ``None``, and so is one that is not finite:
+    an SQNR without any error, for one. Shares lie between 0 and 1, SQNR is in
+    dB, sizes in bytes, ``seconds`` per stage.
+    """
+    report = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+        "target": result.plan.target.name,
+        "mean_bits": result.allocation.mean_bits,
+        "layers": [_layer(result, layer) for layer in result.plan.layers],
+        "blocks": [asdict(block) for block in result.blocks],
+        "check": _checked(result.checked),
+        "skipped": dict(result.plan.skipped),
+        "verification": None if result.verification is None else _verified(result.verification),
+        "seconds": dict(result.seconds),
+        "notes": list(result.notes),
+    }
+    finite: dict[str, Any] = _finite(report)
+    return finite
+
+
+def write_json(path: Path, result: QuantizeResult, config: QuantConfig) -> None:
+    """Write the report to ``path``, complete or not at all; raises ``OutputError``."""
+    _write(path, report_dict(result, config))
+
+
+def _write(path: Path, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def points_dict(points: Sequence[Point]) -> dict[str, Any]:
+    """The points of a trade-off, each with its file, size in bytes, and the report of its run."""
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "points": [
+            {
+                "mean_bits": point.config.mean_bits,
+                "file": None if point.output is None else str(point.output),
+                "bytes": point.size,
+                "on_front": point.on_front,
+                "gates_missed": point.missed or None,
+                "report": report_dict(point.result, point.config),
+            }
+            for point in points
+        ],
+    }
+
+
+def write_points(path: Path, points: Sequence[Point]) -> None:
+    """Write :func:`points_dict` to ``path``, as :func:`write_json` does."""
+    _write(path, points_dict(points))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the package and of the libraries that decide its results."""
+    return {
+        "onnx_attnround": _version("onnx-attnround"),
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+        "torch": _version("torch"),
+    }
+
+
+def write_check(path: Path, checked: Checked) -> None:
+    """Write what a check found to ``path``, complete or not at all; raises ``OutputError``."""
+    report = {"schema": SCHEMA, "versions": versions(), "check": _checked(checked)}
+    _write(path, _finite(report))
+
+
+def _version(distribution: str) -> str:
+    """``unknown`` where the package runs from its sources, without being installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
+    rounding = result.roundings.get(layer.node)
+    checked, fusion = result.verification, result.checked.fusion
+    return {
+        "node": layer.node,
+        "op": layer.op_type,
+        "weight": layer.weight,
+        "shape": list(layer.weight_shape),
+        "parameters": layer.parameters,
+        "macs": layer.macs,
+        "bits": result.allocation.bits.get(layer.node),
+        "coding_length": result.allocation.coding_length.get(layer.node),
+        "mse_nearest": None if rounding is None else rounding.mse_nearest,
+        "mse_final": None if rounding is None else rounding.mse_final,
+        "changed": None if rounding is None else rounding.changed,
+        "sqnr_db": None if checked is None else checked.layer_sqnr.get(layer.node),
+        "block_size": None if rounding is None else rounding.spec.block_size,
+        "runs_in_integer": layer.node in fusion.integer,
+        "weight_only_kernel": fusion.weight_only.get(layer.node),
+        "in_float_because": fusion.fallen.get(layer.node),
+    }
+
+
+def _verified(verification: Verification) -> dict[str, Any]:
+    """The fields, with what follows from them; what is told per layer is left out."""
+    fields = asdict(verification)
+    del fields["layer_sqnr"]
+    fields["outputs"] = [
+        {**asdict(output), "agreement": output.agreement} for output in verification.outputs
+    ]
+    if (accuracy := verification.accuracy) is not None:
+        fields["accuracy"] |= {
+            "float_top1": accuracy.float_top1,
+            "quantised_top1": accuracy.quantised_top1,
+            "drop_points": accuracy.drop_points,
+        }
+    return fields
+
+
+def _checked(checked: Checked) -> dict[str, Any]:
+    """The fields, with the share of multiply-accumulates in integer."""
+    return {**asdict(checked), "integer_share": checked.fusion.integer_share}
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with ``None`` for every number that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,1 @@
+"""What computes: sessions of ONNX Runtime, and the device that torch works on."""

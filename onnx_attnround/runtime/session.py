@@ -1,0 +1,164 @@
+"""ONNX Runtime sessions: one place that opens them and words their errors."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnx_attnround.errors import AttnRoundError, ConfigError, ModelError, OutputError
+from onnx_attnround.graph import in_files, parameters, serialised
+from onnx_attnround.graph.scratch import scratch
+
+LARGE = 64 << 20
+"""Parameters above which sessions use as little memory as they can, not as little time."""
+
+_FILES_BELOW = "session.model_external_initializers_file_folder_path"
+_OPTIMISED_FILE = "session.optimized_model_external_initializers_file_name"
+_FATAL = 4  # errors come as exceptions, so the log need not tell them too
+_UNKNOWN_OP = "is not a registered function/op"  # in the words of ONNX Runtime
+ort.set_default_logger_severity(_FATAL)
+
+_CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
+_CUDA = (
+    "CUDAExecutionProvider",
+    {
+        "use_tf32": "0",  # float32 as on the CPU
+        "cudnn_conv_algo_search": "HEURISTIC",  # the sessions of a walk run a few batches each
+        "arena_extend_strategy": "kSameAsRequested",  # PyTorch shares the memory
+    },
+)
+_PROVIDERS = {"cpu": [_CPU], "cuda": [_CUDA, _CPU]}
+
+_lean: ContextVar[bool] = ContextVar("_lean", default=False)
+_libraries: ContextVar[tuple[str, ...]] = ContextVar("_libraries", default=())
+
+
+@contextmanager
+def custom_ops(libraries: Sequence[str]) -> Iterator[None]:
+    """Every session opened within knows the operators of these shared libraries.
+
+    Raises ``ConfigError`` if ONNX Runtime cannot load one.
+    """
+    options = ort.SessionOptions()
+    for library in libraries:
+        try:
+            options.register_custom_ops_library(library)
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            raise ConfigError(
+                f"cannot load the custom operator library '{library}': {first_line(error)}; "
+                "give a shared library built for this version of ONNX Runtime"
+            ) from error
+    token = _libraries.set(tuple(libraries))
+    try:
+        yield
+    finally:
+        _libraries.reset(token)
+
+
+@contextmanager
+def lean_sessions(lean: bool) -> Iterator[None]:
+    """If ``lean``, every session opened within is one as for a large model."""
+    token = _lean.set(lean)
+    try:
+        yield
+    finally:
+        _lean.reset(token)
+
+
+def open_session(
+    model: ir.Model | Path,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    optimised_model: Path | None = None,
+    optimise: bool = True,
+    signed_activations: bool = False,
+) -> ort.InferenceSession:
+    """A session on ``model``; raises ``ModelError`` if ONNX Runtime refuses it.
+
+    ``OutputError`` if there is no room on disk for the weights of a large one,
+    ``ConfigError`` if ONNX Runtime cannot use the ``device``, ``cpu`` or ``cuda``.
+    ``threads`` bounds the threads inside an op (default: all cores);
+    ``optimised_model`` is where ONNX Runtime writes the graph that it runs, with
+    ``optimise`` false as it is given. ``signed_activations`` are fused, as they
+    are by default on ARM alone.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.intra_op_num_threads = threads or 0
+    # Waiting threads that spin cost CPU time that other work on the machine could use.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for library in _libraries.get():
+        options.register_custom_ops_library(library)
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if signed_activations:
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+    if optimised_model is not None:
+        options.optimized_model_filepath = str(optimised_model)
+    try:
+        if isinstance(model, Path):
+            return _session(str(model), options, device)
+        if _lean.get() or parameters(model) > LARGE:
+            return _large_session(model, options, device)
+        return _session(b"".join(serialised(model)), options, device)
+    except AttnRoundError:
+        raise
+    except Exception as error:  # protobuf and ONNX Runtime raise a dozen unrelated types here
+        why = first_line(error)
+        remedy = "; name its library with --custom-op-library" if _UNKNOWN_OP in why else ""
+        raise ModelError(f"ONNX Runtime cannot load the model: {why}{remedy}") from error
+
+
+def _session(
+    source: str | bytes, options: ort.SessionOptions, device: str
+) -> ort.InferenceSession:
+    providers = _PROVIDERS[device]
+    session = ort.InferenceSession(source, options, providers=providers)
+    if (wanted := providers[0][0]) not in session.get_providers():  # it falls back in silence
+        raise ConfigError(
+            f"option 'device': got {device}, and ONNX Runtime {ort.__version__} cannot start its "
+            f"{wanted}; install onnxruntime-gpu, with CUDA and cuDNN of the version that it is "
+            "built for, or take device cpu"
+        )
+    return session
+
+
+def _large_session(
+    model: ir.Model, options: ort.SessionOptions, device: str
+) -> ort.InferenceSession:
+    """A session that maps the constants of ``model`` from files, those in memory from a new one.
+
+    That file is deleted at once: what is mapped stays. Nodes run close to those that read
+    what they make, and memory is given back, so that not all weights are dequantised at
+    a time.
+    """
+    options.enable_cpu_mem_arena = False
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if options.optimized_model_filepath:
+        name = f"{Path(options.optimized_model_filepath).name}.data"
+        options.add_session_config_entry(_OPTIMISED_FILE, name)
+    try:
+        with scratch(Path(tempfile.gettempdir())) as folder:
+            light, root = in_files(model, folder)
+            options.add_session_config_entry(_FILES_BELOW, str(root))
+            return _session(ir.to_proto(light).SerializeToString(), options, device)
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep weights in a file: {error.strerror or error}; free some disk space, or "
+            "set TMPDIR to a larger disk"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text, without the places in ONNX Runtime's sources."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    text = re.sub(r"/onnxruntime_src/\S+:\d+ [^(\n]*(\([^()\n]*\)( const)? )?", "", text)
+    return next((line.strip() for line in text.splitlines() if line.strip()), repr(error))
