@@ -40,6 +40,7 @@ class QuantConfig(BaseModel):
     bit_choices: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
     allocator: Literal["coding-length", "gram"] = "coding-length"
     first_last_bits: Bits = 8
+    embedding_bits: Literal[4, 8, 32] = 8
     layer_bits: dict[str, Bits] = Field(default_factory=dict)
     method: Literal["attention", "adaround", "nearest"] = "attention"
     reconstruct: Literal["layer", "block"] = "layer"

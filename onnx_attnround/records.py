@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from onnx_attnround.targets import Target
 
 Array = NDArray[Any]
+TABLE_BLOCK = 32
+"""Entries of a row of a table under one scale, at 4 bits; at 8 bits the row has one."""
 LayerErrors = Mapping[str, Mapping[int, float]]
 """Error of the model's outputs by node name and bits, with that layer alone quantised."""
 
@@ -93,7 +95,8 @@ class QuantPlan:
     ``activations`` maps each tensor that gets Q/DQ to its spec; ``same_range``
     maps a tensor to the one whose scale and zero point it must share (data
     movement); ``skipped`` maps the name of a node left in float to the reason,
-    ``unblocked`` that of a layer to why it has no blocks of scales.
+    ``unblocked`` that of a layer to why it has no blocks of scales. ``tables`` holds the bits
+    of the tables that are quantised, by the names of the nodes that look them up.
     """
 
     target: Target
@@ -102,6 +105,7 @@ class QuantPlan:
     same_range: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     unblocked: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

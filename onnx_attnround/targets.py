@@ -67,6 +67,9 @@ class Target:
     usual one first. ``int32_bias`` says whether a bias is stored as int32 at
     sx*sw. ``max_opset`` is the newest opset that the runtime reads.
 
+    ``tables`` says whether tables that are looked up may be integers, turned into floats
+    by plain arithmetic.
+
     Under float activations the weights of Gemm and MatMul may have a scale for each
     block of inputs, of one of ``block_sizes`` (none: not at all), stored in one of
     ``block_storages``; without ``int8`` there they have up to 4 bits. A last block may
@@ -89,6 +92,7 @@ class Target:
     movement: Ops
     absorbed: Ops
     drop_absorbed: bool = False
+    tables: bool = False
     float_output: Ops
     float_input: Ops = frozenset()
     per_tensor: Ops = frozenset()
@@ -123,6 +127,7 @@ _ORT = Target(
     activation_bits=frozenset({2, 3, 4, 5, 6, 7, 8, 16}),
     placement="regions",
     quantised_outputs=True,
+    tables=True,
     weighted=_MATRIX,
     arithmetic=frozenset(
         {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}

@@ -30,7 +30,7 @@ LAYERS = {
     "mobile": {"Conv": 5, "Gemm": 1},
     "two inputs": {"Conv": 4, "Gemm": 1},
 }
-LOOKED_UP = "its table is looked up, not multiplied: it stays float"
+LOOKED_UP = "its table is small: it stays float"
 STAYS = {
     "recurrent": {f"{op} is not handled: its weights stay float" for op in ("LSTM", "GRU")},
     "transformer": {"no constant weight", LOOKED_UP},

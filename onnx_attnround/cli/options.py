@@ -138,6 +138,15 @@ def command(  # noqa: PLR0913, PLR0917 - the declaration of the command line
             panel=_BITS,
         ),
     ] = None,
+    embedding_bits: Annotated[
+        int | None,
+        _setting(
+            "embedding_bits",
+            "Bits of tables that are looked up, such as embeddings: 8, with a scale for each row; "
+            "4, with one for each 32 entries; 32 leaves them float.",
+            panel=_BITS,
+        ),
+    ] = None,
     block_size: Annotated[
         int | None,
         _setting(

@@ -17,6 +17,7 @@ from onnx_attnround.ops import WEIGHTED_OPS
 from onnx_attnround.plan.activations import Activations
 from onnx_attnround.plan.layers import find_layers, mark_ends
 from onnx_attnround.plan.scale_groups import check_blocks, with_blocks
+from onnx_attnround.plan.tables import find_tables
 from onnx_attnround.records import QuantPlan, QuantSpec
 from onnx_attnround.targets import Target, get_target
 
@@ -33,6 +34,7 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     _check_target(target, model, config, integer_activations=integer)
     _check_patterns(model, config)
     layers, skipped = find_layers(model, config, target)
+    tables, kept = find_tables(model, config, target)
     if not layers:
         reasons = "; ".join(f"{node}: {why}" for node, why in list(skipped.items())[:3])
         raise ModelError(
@@ -50,8 +52,9 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
         layers=planned,
         activations=activations,
         same_range=same_range,
-        skipped=skipped,
+        skipped={**skipped, **kept},
         unblocked=unblocked,
+        tables=tables,
     )
 
 

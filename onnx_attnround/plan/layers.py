@@ -50,8 +50,7 @@ def _varying(model: ir.Model) -> set[ir.Value | None]:
 
 _NO_WEIGHT = "no constant weight"
 _QUANTISED = "already quantised"
-_LOOKED_UP = "its table is looked up, not multiplied: it stays float"
-_LISTED_OPS = frozenset({"LSTM", "GRU", "RNN", "Einsum", "DeformConv", "Gather"})
+_LISTED_OPS = frozenset({"LSTM", "GRU", "RNN", "Einsum", "DeformConv"})
 _INTEGER_OPS = frozenset(
     {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
      "MatMulNBits", "QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
@@ -66,8 +65,6 @@ def _unhandled(node: ir.Node) -> str | None:
         return None
     constants = (v.const_value for v in node.inputs if v is not None and v.const_value is not None)
     if any(c.dtype.is_floating_point() and len(c.shape) > 1 for c in constants):
-        if node.op_type == "Gather":
-            return _LOOKED_UP
         op = node.op_type if is_standard(node) else f"{node.domain}.{node.op_type}"
         return f"{op} is not handled: its weights stay float"
     return None
@@ -186,7 +183,7 @@ def mark_ends(
     Layers that stay in float count: the second is not the first because that is excluded.
     """
     weighted = {layer.node for layer in layers}
-    weighted |= {n for n, reason in skipped.items() if reason not in (_NO_WEIGHT, _LOOKED_UP)}
+    weighted |= {n for n, reason in skipped.items() if reason != _NO_WEIGHT}
     seen_by_input: set[str] = set()  # values computed by layers or from them
     for node in model.graph:
         touched = any(v is not None and v.name in seen_by_input for v in node.inputs)

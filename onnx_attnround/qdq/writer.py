@@ -13,6 +13,7 @@ from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import least_ir_version, name_nodes, only_reader, raise_opset
 from onnx_attnround.ops import clip_bounds
 from onnx_attnround.qdq.arithmetic import quantize
+from onnx_attnround.qdq.tables import quantize_tables
 from onnx_attnround.records import (
     Array,
     LayerPlan,
@@ -52,6 +53,7 @@ def insert(
     for name in plan.activations:
         writer.add_activation(name)
     writer.remove_unused_initializers()
+    quantize_tables(out, plan.tables)
     out.graph.sort()
     name_nodes(out)  # a model that is quantised in part may have nodes of the same names
     out.ir_version = min(out.ir_version, least_ir_version(out))  # so that old runtimes read it
@@ -420,9 +422,7 @@ class _Writer:
     def _dequantise(
         self, inputs: list[ir.Value], name: str, attributes: Mapping[str, int], before: ir.Node
     ) -> ir.Value:
-        node = ir.node(
-            "DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize"
-        )
+        node = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize")
         return self._place(node, f"{name}_dequantized", inputs[0].shape, ir.DataType.FLOAT, before)
 
     def _place(
