@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import onnx
@@ -11,8 +10,11 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph.constants import FileTensor
+from onnx_attnround.graph.constants import FileTensor, constants
 from onnx_attnround.graph.editing import name_nodes, reason
+from onnx_attnround.graph.forgiven import is_external, presentable, put_right, tensors
+
+_ORT_FORMAT = b"ORTM"  # in bytes 4 to 8 of a FlatBuffer stands what it is
 
 
 def load(path: Path) -> ir.Model:
@@ -24,9 +26,8 @@ def load(path: Path) -> ir.Model:
     """
     proto = parse(path)
     try:
-        for tensor in proto.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                _check_external(tensor, path)
+        for external in filter(is_external, tensors(proto)):
+            _check_external(external, path)
         _check(proto, path)
         model = ir.from_proto(proto)
         for tensor in _inline_tensors(model):
@@ -35,12 +36,31 @@ def load(path: Path) -> ir.Model:
         raise ModelError(
             f"'{path}' is not a valid ONNX model: {reason(error)}; export it again"
         ) from error
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = FileTensor.of(value.const_value, path.parent.resolve())
+    _map_files(model, path.parent.resolve())
     name_nodes(model)
     return model
+
+
+def _map_files(model: ir.Model, folder: Path) -> None:
+    """Let constants in other files be read from there, wherever the process stands.
+
+    What ``_check_external`` let pass is read where its links end: onnx-ir follows none that
+    leaves the folder.
+    """
+
+    def mapped(tensor: ir.ExternalTensor) -> FileTensor:
+        file = (folder / tensor.location).resolve()
+        return FileTensor.of(tensor, file.parent, file.name)
+
+    for value, tensor in constants(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = mapped(tensor)
+    for node in model.graph.all_nodes():
+        for attribute in list(node.attributes.values()):
+            if attribute.type != ir.AttributeType.TENSOR or attribute.is_ref():
+                continue
+            if isinstance(tensor := attribute.as_tensor(), ir.ExternalTensor):
+                node.attributes.add(ir.AttrTensor(attribute.name, mapped(tensor)))
 
 
 def parse(path: Path) -> onnx.ModelProto:
@@ -55,9 +75,7 @@ def parse(path: Path) -> onnx.ModelProto:
             f"cannot read model '{path}': {error.strerror}; check its permissions"
         ) from error
     except (DecodeError, UnicodeDecodeError) as error:  # the latter from protobuf in pure Python
-        raise ModelError(
-            f"'{path}' is not an ONNX file, or is truncated; download or export it again"
-        ) from error
+        raise ModelError(_not_onnx(path)) from error
     if not proto.HasField("graph"):
         raise ModelError(f"'{path}' holds no graph, so it is not a model; export it again")
     if proto.graph.sparse_initializer:
@@ -68,54 +86,23 @@ def parse(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def _not_onnx(path: Path) -> str:
+    """What is wrong with a file that is no protobuf message."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[4:] == _ORT_FORMAT:
+        return (
+            f"'{path}' is in ONNX Runtime's own format (.ort), which holds no model to quantise; "
+            "give the ONNX file that it was made from"
+        )
+    return f"'{path}' is not an ONNX file, or is truncated; download or export it again"
+
+
 def _check(proto: onnx.ModelProto, path: Path) -> None:
-    """The check of onnx, but for two faults of exporters and converters that runtimes forgive.
-
-    Some inputs and outputs may have no shape (which need one, ``input_specs`` says), and
-    nodes may stand before those whose outputs they read: ``proto`` then gets them in order.
-    """
-    ends = (*proto.graph.input, *proto.graph.output)
-    tensors = [end.type.tensor_type for end in ends if end.type.HasField("tensor_type")]
-    shapeless = [tensor for tensor in tensors if not tensor.HasField("shape")]
-    external = any(
-        tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer
-    )
-    if external or not (_put_in_order(proto.graph) or shapeless):
-        onnx.checker.check_model(str(path))
-        return
-    for tensor in shapeless:
-        tensor.shape.SetInParent()
-    onnx.checker.check_model(proto)
-    for tensor in shapeless:
-        tensor.ClearField("shape")
-
-
-def _put_in_order(graph: onnx.GraphProto) -> bool:
-    """Move nodes behind those whose outputs they read; whether that was needed and can be."""
-    maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    read = {
-        i: {maker[name] for name in _reads(node) if name in maker}
-        for i, node in enumerate(graph.node)
-    }
-    if all(max(makers, default=-1) < i for i, makers in read.items()):
-        return False
-    try:
-        order = list(TopologicalSorter(read).static_order())
-    except CycleError:
-        return False
-    nodes = [onnx.NodeProto.FromString(graph.node[i].SerializeToString()) for i in order]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return True
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What the node reads, and what the nodes in its subgraphs do."""
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from _reads(inner)
+    """The check of onnx, but for what runtimes forgive; ``proto`` may be rewritten."""
+    rewritten = put_right(proto)
+    with presentable(proto) as hides:
+        onnx.checker.check_model(proto if rewritten or hides else str(path))
 
 
 def _inline_tensors(model: ir.Model) -> Iterator[ir.TensorProtoTensor]:
@@ -142,13 +129,18 @@ def _check_size(tensor: ir.TensorProtoTensor) -> None:
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    """Raise ``ModelError`` unless the tensor's data lie in a file below the model's folder."""
+    """Raise ``ModelError`` unless the tensor's data lie in a file below the model's folder.
+
+    A link may lead below the folder of the file that the model is a link to, as download
+    caches have it; ONNX Runtime follows the same links and no others.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     folder = path.parent.resolve()
     file = folder / location
     where = f"external data '{location}' of tensor '{tensor.name}' in '{path}'"
-    if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(folder):
+    inside = any(file.resolve().is_relative_to(each) for each in (folder, path.resolve().parent))
+    if not location or Path(location).is_absolute() or not inside:
         raise ModelError(f"{where} is outside the model's folder; put the file beside the model")
     if not file.is_file():
         raise ModelError(f"{where} does not exist; put the file beside the model")
