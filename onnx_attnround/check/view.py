@@ -198,4 +198,5 @@ def bias_fits(layer: Layer) -> bool:
     x, weight, bias = scales
     if x is None or weight is None or bias is None:
         return True
-    return bool(np.allclose(np.squeeze(bias), np.squeeze(x * weight), rtol=1e-6, atol=0))
+    wanted = np.resize(x * weight, bias.shape)  # groups of a ConvTranspose share their scales
+    return bool(np.allclose(bias, wanted, rtol=1e-6, atol=0))

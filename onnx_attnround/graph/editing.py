@@ -13,6 +13,8 @@ from onnx_attnround.errors import ModelError
 from onnx_attnround.graph.constants import SMALL, constants, held
 from onnx_attnround.records import Array, InputSpec
 
+Noted = ir.Model | ir.Graph | ir.Node | ir.Value
+
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     """What must be fed to the model; inputs that have a default value are left out.
@@ -85,7 +87,8 @@ def through_proto(
 
     ``convert`` sees them as graph inputs of the same name. They are put back
     into its result, so that models of any size pass. ``withhold`` names them, by
-    default all that are not ``SMALL``.
+    default all that are not ``SMALL``. What exporters noted on nodes, values and graph
+    is kept, which the converters of onnx lose.
     """
     light = model.clone()
     inputs = {value.name for value in light.graph.inputs}
@@ -110,7 +113,30 @@ def through_proto(
     kept = [value for value in graph.inputs if value.name in inputs]
     graph.inputs.clear()
     graph.inputs.extend(kept)
+    _copy_notes(model, result)
     return result
+
+
+def _copy_notes(source: ir.Model, target: ir.Model) -> None:
+    """Give ``target`` the texts and metadata of ``source`` that it lacks, by names."""
+    pairs: list[tuple[Noted | None, Noted]] = [(source, target), (source.graph, target.graph)]
+    known = {(type(each), each.name): each for each in _noted(source)}
+    known |= {(ir.Node, node.outputs[0].name): node for node in source.graph if not node.name}
+    for each in _noted(target):
+        found = known.get((type(each), each.name))
+        if found is None and isinstance(each, ir.Node):
+            found = known.get((ir.Node, each.outputs[0].name))
+        pairs.append((found, each))
+    for old, new in pairs:
+        if old is not None:
+            new.doc_string = new.doc_string or old.doc_string
+            new.metadata_props.update({**old.metadata_props, **new.metadata_props})
+
+
+def _noted(model: ir.Model) -> Iterator[ir.Node | ir.Value]:
+    """The nodes of a model, and the values of its main graph."""
+    yield from model.graph.all_nodes()
+    yield from ir.convenience.create_value_mapping(model.graph, include_subgraphs=False).values()
 
 
 def copy_signature(source: ir.Model, target: ir.Model) -> None:

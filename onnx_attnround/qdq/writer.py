@@ -230,7 +230,8 @@ def bias_scale(
         return None
     if not target.int32_bias or layer.op_type not in target.weighted:
         return None
-    scale = np.broadcast_to(rounding.scale * x.scale, rounding.bias.shape).astype(np.float32)
+    # Groups of a ConvTranspose share the scales of their channels, so that these repeat.
+    scale = np.resize(rounding.scale * x.scale, rounding.bias.shape).astype(np.float32)
     fits = np.abs(rounding.bias.astype(np.float64)) <= scale.astype(np.float64) * (2**31 - 1)
     return scale if bool((fits & (scale >= np.finfo(np.float32).tiny)).all()) else None
 
@@ -352,6 +353,8 @@ class _Writer:
         for position, output in enumerate(self.graph.outputs):
             if output is raw and takes_name:
                 self.graph.outputs[position] = restored
+                restored.doc_string = raw.doc_string
+                restored.metadata_props.update(raw.metadata_props)
         if source is not raw and producer is not None:
             self.graph.remove(producer, safe=True)
 
@@ -367,7 +370,8 @@ class _Writer:
         if values is None or not consumers:
             return
         zero = params.zero_point.astype(np.float32)
-        codes = quantize(values.numpy(), params.scale, zero, spec.qmin, spec.qmax)
+        with np.errstate(over="ignore"):  # of masks, which are clipped
+            codes = quantize(values.numpy(), params.scale, zero, spec.qmin, spec.qmax)
         tensor = _tensor(codes, _activation_type(spec), f"{constant.name}/codes")
         inputs = [self._initializer(tensor), scale, point]
         restored = self._dequantise(inputs, constant.name or "", {}, consumers[0][0])

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_attnround import graph
 from onnx_attnround.simplify.batch_norm import fold_batch_norm
 from onnx_attnround.simplify.gemm_scale import fold_gemm_scale
+from onnx_attnround.simplify.layer_bias import give_own_bias
 from onnx_attnround.simplify.matmul_bias import fold_matmul_bias
 from onnx_attnround.simplify.onnxsim_pass import run_onnxsim
 from onnx_attnround.simplify.tidy import (
@@ -45,6 +46,7 @@ _PASSES: dict[str, Callable[[ir.Model], int]] = {
     "fold-matmul-bias": fold_matmul_bias,
     "fold-gemm-scale": fold_gemm_scale,
     "fold-batch-norm": fold_batch_norm,
+    "give-own-bias": give_own_bias,
     "drop-unused": drop_unused,
     "sort-nodes": sort_nodes,
 }
