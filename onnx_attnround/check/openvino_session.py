@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError
@@ -49,7 +50,8 @@ def compile_model(model: ir.Model, threads: int | None = None) -> Any:
 def run(compiled: Any, feed: Mapping[str, Array]) -> dict[str, Array]:
     """Outputs by name; raises ``ModelError`` if the run fails."""
     try:
-        results = compiled(dict(feed))
+        # Copies: memory that cannot be written to is not taken for scalars.
+        results = compiled({name: np.array(values) for name, values in feed.items()})
     except RuntimeError as error:
         raise ModelError(f"OpenVINO cannot run the model: {first_line(error)}") from error
     return {port.get_any_name(): values for port, values in results.items()}
