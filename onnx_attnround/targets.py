@@ -192,7 +192,9 @@ _QNN = Target(
     quantised_outputs=True,
     unit_range=frozenset({"Sigmoid", "Tanh"}),
     weighted=_MATRIX | {"ConvTranspose"},
-    arithmetic=frozenset({"Add", "Sub", "Mul", "Div", "Concat", "PRelu"}),
+    arithmetic=frozenset(
+        {"Add", "Sub", "Mul", "Div", "Concat", "Max", "Min", "PRelu", "Where"}
+    ),
     movement=_MOVEMENT,
     absorbed=frozenset({"Relu", "Clip"}),
     drop_absorbed=True,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from onnx_attnround.calibrate.observers import OBSERVERS, Observer
+from onnx_attnround.calibrate.softmax_bounds import FREE, Limits, SoftmaxBounds
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ModelError
 from onnx_attnround.qdq.arithmetic import params_from_range
@@ -16,18 +19,26 @@ from onnx_attnround.records import Array, Event, QuantParams, QuantSpec, TensorS
 from onnx_attnround.runtime.session import first_line, open_session
 from onnx_attnround.samples import Feeds, Samples
 
-__all__ = ["OBSERVERS", "Calibration", "Observer", "calibrate"]
+__all__ = ["OBSERVERS", "Calibration", "Observer", "calibrate", "left_out_note"]
 
 ACTIVATION_BYTES = 256 << 20
 """Bound on the activations that one run may return, where the model's batch is free."""
 
+TOLD = 3
+"""Tensors that a note names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Statistics of each observed tensor, and the parameters of each quantised one."""
+    """Statistics of each observed tensor, and the parameters of each quantised one.
+
+    ``left_out`` maps tensors to the share of their elements that are NaN or infinite, and
+    which no range can hold.
+    """
 
     stats: Mapping[str, TensorStats]
     params: Mapping[str, QuantParams]
+    left_out: Mapping[str, float] = field(default_factory=dict)
 
 
 def calibrate(
@@ -43,9 +54,10 @@ def calibrate(
 
     A tensor in ``same_range`` is not observed: it gets the parameters of the
     tensor at the end of its chain. ``config`` tells the observer, the device, and
-    how many samples to run at a time at most. Raises
-    ``CalibrationError`` if ONNX Runtime fails on a sample or a tensor holds NaN
-    or Inf, ``ModelError`` if a tensor is unknown.
+    how many samples to run at a time at most. What only feeds a Softmax is
+    bounded by what that can tell apart; elsewhere, elements that are NaN or infinite do not
+    count. Raises ``CalibrationError`` if ONNX Runtime fails on a sample or a tensor holds
+    nothing else, ``ModelError`` if a tensor is unknown.
     """
     roots = {name: _root(name, same_range) for name in (*activations, *same_range)}
     specs: dict[str, QuantSpec] = {}
@@ -53,32 +65,95 @@ def calibrate(
         spec = activations.get(root, activations.get(name))
         if spec is not None:
             specs.setdefault(root, spec)
-    observers = {root: OBSERVERS[config.observer]() for root in specs}
-    exposed, constants = _exposed(model, list(specs))
+    watches = {root: _Watch(root, OBSERVERS[config.observer]()) for root in specs}
+    most_bits = max((spec.bits for spec in specs.values()), default=8)
+    bounds = SoftmaxBounds(model, specs.keys(), most_bits)
+    exposed, constants = _exposed(model, names := [*specs, *sorted(bounds.observed - specs.keys())])
     session = open_session(exposed, threads=config.threads, device=config.device)
-    for name, value in _runs(session, list(specs), constants, samples, config.batch_size, on_event):
-        _observe(observers[name], name, value)
+    for name, value in _runs(session, names, constants, samples, config.batch_size, on_event):
+        bounds.update(name, value)
+        if name in watches:
+            watches[name].update(value)
+    limits = bounds.limits()
     params = {
-        root: params_from_range(spec, *observers[root].range(spec)) for root, spec in specs.items()
+        root: params_from_range(spec, *watches[root].range(spec, limits.get(root, FREE)))
+        for root, spec in specs.items()
     }
     return Calibration(
-        stats={root: observers[root].stats(root) for root in specs},
+        stats={root: watch.observer.stats(root) for root, watch in watches.items()},
         params={name: params[root] for name, root in roots.items() if root in specs},
+        left_out={
+            root: watch.left_out
+            for root, watch in watches.items()
+            if watch.left_out and root not in limits
+        },
     )
 
 
-def _observe(observer: Observer, name: str, value: Array) -> None:
-    if value.dtype.kind != "f":
-        raise ModelError(
-            f"tensor '{name}' is {value.dtype}, expected a float tensor: exclude its node"
-        )
-    try:
-        observer.update(value)
-    except CalibrationError as error:
-        raise CalibrationError(
-            f"tensor '{name}' {error} on the calibration samples: "
-            "check the samples' preprocessing, or exclude its node"
-        ) from error
+def left_out_note(ranges: Calibration) -> list[str]:
+    """A note on elements of activations that are no numbers, if there were any."""
+    if not ranges.left_out:
+        return []
+    told = [f"'{name}' ({share:.2%})" for name, share in ranges.left_out.items()]
+    more = f" and {len(told) - TOLD} more" if len(told) > TOLD else ""
+    return [
+        "NaN or infinite on calibration samples, in the float model too, and left out of ranges "
+        f"and moments: {', '.join(told[:TOLD])}{more}; check the samples' preprocessing, if that "
+        "is no masking"
+    ]
+
+
+@dataclass(slots=True)
+class _Watch:
+    """One tensor: an observer of its finite elements, and a count of the others."""
+
+    name: str
+    observer: Observer
+    elements: int = 0
+    not_finite: int = 0
+    infinite: tuple[bool, bool] = (False, False)  # below, above
+
+    @property
+    def left_out(self) -> float:
+        """The share of elements that are NaN or infinite."""
+        return self.not_finite / max(self.elements, 1)
+
+    def update(self, value: Array) -> None:
+        """Take in a batch; 0, which every range holds, stands for what is not finite."""
+        if value.dtype.kind != "f":
+            raise ModelError(
+                f"tensor '{self.name}' is {value.dtype}, expected a float tensor: exclude its node"
+            )
+        self.elements += value.size
+        try:
+            self.observer.update(value)
+        except CalibrationError:  # nothing was taken in
+            finite = np.isfinite(value)
+            self.not_finite += value.size - int(np.count_nonzero(finite))
+            below, above = self.infinite
+            self.infinite = below or bool(np.isneginf(value).any()), above or bool(
+                np.isposinf(value).any()
+            )
+            self.observer.update(np.where(finite, value, value.dtype.type(0)))
+
+    def range(self, spec: QuantSpec, limits: Limits) -> tuple[float, float]:
+        """The range to quantise: as observed, or what of it lies within the ``limits``.
+
+        Beyond those are masks, next to which a histogram tells nothing of the rest. Raises
+        ``CalibrationError`` where there is not one finite element.
+        """
+        seen, (below, above) = self.observer.stats(self.name), self.infinite
+        low, high = limits
+        cut_low = math.isfinite(low) and (below or seen.lo < low)
+        cut_high = math.isfinite(high) and (above or seen.hi > high)
+        if cut_low or cut_high:
+            return low if cut_low else seen.lo, high if cut_high else seen.hi
+        if self.elements and self.not_finite == self.elements:
+            raise CalibrationError(
+                f"tensor '{self.name}' holds NaN or Inf alone on the calibration samples: "
+                "check the samples' preprocessing"
+            )
+        return self.observer.range(spec)
 
 
 def _root(name: str, same_range: Mapping[str, str]) -> str:

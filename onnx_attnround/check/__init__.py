@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnx_attnround.check import openvino, openvino_session, ort, qnn, tensorrt
 from onnx_attnround.check.execution import find_faults, made_up_feed
-from onnx_attnround.check.fusion import Fusion, expected_fusion, find_fusion
+from onnx_attnround.check.fusion import UNPACKING_OP, Fusion, expected_fusion, find_fusion
 from onnx_attnround.check.rules import Finding, Rule, apply
 from onnx_attnround.check.versions import oldest_onnxruntime
 from onnx_attnround.check.view import View
@@ -21,7 +21,7 @@ from onnx_attnround.errors import ModelError
 from onnx_attnround.records import Array
 from onnx_attnround.targets import Runtime, Target
 
-__all__ = ["RULES", "Checked", "Finding", "Fusion", "Rule", "check"]
+__all__ = ["RULES", "UNPACKING_OP", "Checked", "Finding", "Fusion", "Rule", "check"]
 
 DOES_NOT_LOAD = "does-not-load"
 

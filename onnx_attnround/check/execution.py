@@ -15,7 +15,12 @@ from onnx_attnround.check.view import View
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import input_specs
 from onnx_attnround.records import Array
-from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.runtime.session import (
+    ACCURACY_LEVEL,
+    exact_activations,
+    first_line,
+    open_session,
+)
 
 LEAST_SQNR = 3.0  # dB; below, the output of the optimised model is another one
 ROUNDING = 1e-6  # relative: some roundings of float32, as fused sums differ from those of nodes
@@ -61,6 +66,17 @@ def _differences(
 ) -> Iterator[Finding]:
     """Outputs of the optimised model that are others than wanted, parted by what they hang on."""
     off = {name: sqnr for name, sqnr in _sqnrs(wanted, found).items() if sqnr < LEAST_SQNR}
+    if off and view.target.runtime == "onnxruntime":
+        with exact_activations():
+            exact = _sqnrs(wanted, _run_ort(view, view.model, feed, optimise=True))
+        for name in [name for name in off if exact[name] >= LEAST_SQNR]:
+            why = (
+                f"{off.pop(name):.1f} dB from what the nodes say, for MatMulNBits rounds the float "
+                f"activations in blocks: set the session option {ACCURACY_LEVEL} to 1"
+            )
+            yield Finding(
+                rule="activations-rounded", node=f"(output {name})", why=why, refused=False
+            )
     if not off:
         return
     runs = [wanted, *(_run_ort(view, model, feed, optimise=False) for model in _rounded(view))]

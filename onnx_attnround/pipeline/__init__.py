@@ -12,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
-from onnx_attnround.calibrate import Calibration, calibrate
-from onnx_attnround.check import Checked, check
+from onnx_attnround.calibrate import Calibration, calibrate, left_out_note
+from onnx_attnround.check import UNPACKING_OP, Checked, check
 from onnx_attnround.checkpoint import TAKEN, check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import GateError, ModelError, OutputError
@@ -44,6 +44,7 @@ from onnx_attnround.verify import (
     check_gates,
     check_labels,
     output_sqnr,
+    rounded_activations_note,
     slower_note,
     verify,
 )
@@ -210,6 +211,7 @@ def prepare(run: Run, given: Loaded) -> Prepared:
         samples = given.samples
     with run.stage("calibrate"):
         ranges = _calibrate(run, simplified, plan, samples)
+        run.notes += left_out_note(ranges)
     errors = _measure(run, simplified, plan, samples)
     return Prepared(given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors)
 
@@ -233,6 +235,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         checked = _check(quantised, plan, prepared.given.judged_on)
     with run.stage("verify"):
         verification = _verify(run, prepared, quantised)
+        run.notes += _rounded(run, prepared, quantised, checked)
     if verification is not None and plan.target.runtime == "onnxruntime":
         run.notes += slower_note(verification.latency, checked.fusion)
     result = QuantizeResult(
@@ -426,6 +429,15 @@ def _verify(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification |
         threads=run.config.threads,
         on_event=run.on_event,
     )
+
+
+def _rounded(run: Run, prepared: Prepared, quantised: ir.Model, checked: Checked) -> list[str]:
+    """A note on activations that the kernel of low-bit weights rounds, if it is at work."""
+    samples, kernels = prepared.given.judged_on, checked.fusion.weight_only.values()
+    if samples is None or UNPACKING_OP not in kernels:
+        return []
+    models = prepared.simplified, quantised
+    return rounded_activations_note(*models, samples, run.config.threads)
 
 
 def _check(model: ir.Model, plan: QuantPlan, samples: Samples | None) -> Checked:

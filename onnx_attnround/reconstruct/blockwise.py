@@ -225,6 +225,7 @@ class _Refinement:
                 if not loss.requires_grad:
                     raise ModelError("its outputs have no gradient")
                 loss.backward()  # type: ignore[no-untyped-call]
+            _drop_undefined(adam)
             adam.step()
             decay.step()
 
@@ -262,12 +263,25 @@ def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
     floating = [name for name in wanted if wanted[name].is_floating_point()]
     if not floating:
         raise ModelError("its outputs are integers")
-    losses = [
-        (outputs[name].to(wanted[name].device) - wanted[name]).square().mean()
-        / wanted[name].square().mean().clamp_min(1e-30)
-        for name in floating
-    ]
+    losses = [_relative(outputs[name].to(wanted[name].device), wanted[name]) for name in floating]
     return torch.stack(losses).mean()
+
+
+def _drop_undefined(adam: torch.optim.Adam) -> None:
+    """Zeros for gradients that are NaN, as those of a row that is masked throughout are."""
+    for group in adam.param_groups:
+        for leaf in group["params"]:
+            if leaf.grad is not None:
+                leaf.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _relative(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The squared error over the power of ``wanted``, where that is finite."""
+    finite = wanted.isfinite()
+    if not bool(finite.all()):
+        output, wanted = output[finite], wanted[finite]
+        return (output - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)
+    return (output - wanted).square().mean() / wanted.square().mean().clamp_min(1e-30)
 
 
 def _update(quantised: ir.Model, plan: QuantPlan, result: Refined, block: Block) -> None:

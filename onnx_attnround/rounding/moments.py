@@ -13,6 +13,7 @@ implied, and is ``b + W E[x] - Q E[v]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,15 +69,16 @@ def collect(
 
     ``weight`` is ``[g, o, d]``, on the device of the batches. ``v`` are codes where
     ``params`` is given. Which patches are sampled depends on a sample's running index
-    alone, not on the batch that it comes in.
+    alone, not on the batch that it comes in; those that are not finite are left out.
     """
     depth, scale = weight.shape[-1], 1.0 if params is None else float(params.scale)
     codes = params is not None and params.spec.bits <= 8
     second = _Patches() if depth > WIDE else _Products(short=codes and depth >= MANY_INPUTS)
     sums: list[torch.Tensor] | None = None
-    total, seen = 0, 0
+    total: float = 0
+    seen = 0
     for x, v in batches:
-        rows_x, rows_v = _rows(layer, x, v, params, seen, count, depth)
+        rows_x, rows_v = _finite(x, v, *_rows(layer, x, v, params, seen, count, depth))
         seen += x.shape[0]
         total += rows_v.shape[1]
         e = torch.sub(rows_x, rows_v, alpha=scale)
@@ -85,6 +87,8 @@ def collect(
         sums = _added(sums, [rows_v.sum(1).mul_(scale), e.sum(1), out_e.square_().sum(1)])
     if sums is None:
         raise ValueError("no batches")
+    if not total:
+        total = math.nan  # there is nothing to go by, which the result says
     mean_v, mean_e, power = (part / total for part in sums)
     gram, linear = second.finish(weight, total)
     return _finish(weight, gram, linear, mean_v, mean_e, power, centred=centred)
@@ -110,6 +114,16 @@ def _rows(
     sources = grid_x.sources(index)
     rows_v = grid_v.rows(sources, zero).float()
     return grid_x.rows(sources), rows_v if params is None else rows_v.sub_(zero)
+
+
+def _finite(
+    x: torch.Tensor, v: torch.Tensor, rows_x: torch.Tensor, rows_v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that are finite in both streams: positions that are masked throughout are NaN."""
+    if bool(x.isfinite().all()) and bool(v.isfinite().all()):
+        return rows_x, rows_v
+    kept = (rows_x.isfinite() & rows_v.isfinite()).all(-1).all(0)
+    return rows_x[:, kept], rows_v[:, kept]
 
 
 def _plain(values: torch.Tensor) -> torch.Tensor:
@@ -146,7 +160,7 @@ class _Products:
             gram, cross = _product(v, v), _product(e, v)
         self._sums = _added(self._sums, [gram.mul_(scale * scale), cross.mul_(scale)])
 
-    def finish(self, weight: torch.Tensor, total: int) -> tuple[Gram, torch.Tensor]:
+    def finish(self, weight: torch.Tensor, total: float) -> tuple[Gram, torch.Tensor]:
         gram, cross = (part / total for part in self._sums or ())
         return dense(gram), weight @ cross
 
@@ -162,7 +176,7 @@ class _Patches:
         self._rows.append(v * scale)
         self._linear = (out_e.transpose(1, 2) @ self._rows[-1]).add_(self._linear)
 
-    def finish(self, weight: torch.Tensor, total: int) -> tuple[Gram, torch.Tensor]:
+    def finish(self, weight: torch.Tensor, total: float) -> tuple[Gram, torch.Tensor]:
         return factored(torch.cat(self._rows, 1)), self._linear / total
 
 

@@ -36,6 +36,11 @@ _CUDA = (
 )
 _PROVIDERS = {"cpu": [_CPU], "cuda": [_CUDA, _CPU]}
 
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+"""The session option that says how MatMulNBits takes float activations: by default, level 4,
+rounded to 8 bits in blocks along the inputs; with level 1 as they are."""
+
+_exact: ContextVar[bool] = ContextVar("_exact", default=False)
 _lean: ContextVar[bool] = ContextVar("_lean", default=False)
 _libraries: ContextVar[tuple[str, ...]] = ContextVar("_libraries", default=())
 
@@ -72,6 +77,16 @@ def lean_sessions(lean: bool) -> Iterator[None]:
         _lean.reset(token)
 
 
+@contextmanager
+def exact_activations() -> Iterator[None]:
+    """Every session opened within takes float activations as they are, also in MatMulNBits."""
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
 def open_session(
     model: ir.Model | Path,
     *,
@@ -95,6 +110,8 @@ def open_session(
     options.intra_op_num_threads = threads or 0
     # Waiting threads that spin cost CPU time that other work on the machine could use.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if _exact.get():
+        options.add_session_config_entry(ACCURACY_LEVEL, "1")
     for library in _libraries.get():
         options.register_custom_ops_library(library)
     if not optimise:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from onnx_attnround.records import Array, Event, LayerPlan
+from onnx_attnround.runtime.session import ACCURACY_LEVEL, exact_activations
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify.compare import (
     LAYER_SAMPLES,
@@ -31,10 +32,12 @@ __all__ = [
     "check_labels",
     "missed_gates",
     "output_sqnr",
+    "rounded_activations_note",
     "slower_note",
     "verify",
 ]
 
+NOTABLE_DB = 0.5  # of the outputs' SQNR, which a user would want to know of
 OUTPUT_SAMPLES = 256  # calibration samples that outputs are compared on
 
 
@@ -88,17 +91,43 @@ def verify(
 
 
 def output_sqnr(
-    float_model: ir.Model, quantised: ir.Model, samples: Samples, threads: int | None
+    float_model: ir.Model,
+    quantised: ir.Model,
+    samples: Samples,
+    threads: int | None,
+    limit: int | None = None,
 ) -> float:
-    """SQNR in dB of the worst float output over all ``samples``; errors as :func:`verify`."""
+    """SQNR in dB of the worst float output; errors as :func:`verify`.
+
+    Over all ``samples``, or the first ones up to ``limit``.
+    """
     _, sums, _ = compare_outputs(
         open_pair((float_model, quantised), threads),
-        batches(samples, BATCH, None),
+        batches(samples, BATCH, limit),
         labels=None,
         step=lambda detail, count: None,
     )
     compared = [total for total in sums.values() if total.comparable and total.floating]
     return min((total.sqnr_db for total in compared), default=math.inf)
+
+
+def rounded_activations_note(
+    float_model: ir.Model, quantised: ir.Model, samples: Samples, threads: int | None
+) -> list[str]:
+    """A note if ONNX Runtime's rounding of float activations costs more than ``NOTABLE_DB``.
+
+    For files with MatMulNBits, by the worst float output over the first samples.
+    """
+    usual = output_sqnr(float_model, quantised, samples, threads, limit=LAYER_SAMPLES)
+    with exact_activations():
+        exact = output_sqnr(float_model, quantised, samples, threads, limit=LAYER_SAMPLES)
+    if exact - usual <= NOTABLE_DB:
+        return []
+    return [
+        "MatMulNBits rounds float activations to 8 bits, in blocks along the inputs, of which "
+        f"small ones beside large ones are lost: {usual:.1f} dB where it is {exact:.1f} dB with "
+        f"the session option {ACCURACY_LEVEL} set to 1; set that where the file is run"
+    ]
 
 
 def _stepper(total: int, on_event: Callable[[Event], None]) -> Step:

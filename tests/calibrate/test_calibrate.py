@@ -359,14 +359,31 @@ def test_the_model_is_left_as_it_was() -> None:
     assert ir.to_proto(model).SerializeToString() == before
 
 
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_elements_that_are_no_numbers_do_not_count(observer: str) -> None:
+    x = laplace(40, 4)
+    x[:, 0] = np.abs(x[:, 0]) + 0.1
+    positive = np.maximum(x, 0)
+    found = run(["b"], x, observer=observer, model=MODEL.replace("Add(a, c)", "Div(c, a)"))
+    expected = run(
+        ["b"],
+        np.where(positive == 0, np.float32(1e30), x),  # c / 1e30 is next to nothing
+        observer=observer,
+        model=MODEL.replace("Add(a, c)", "Div(c, a)"),
+    )
+    assert found.left_out == {"b": float((positive == 0).mean())}
+    assert float(found.params["b"].scale) == pytest.approx(float(expected.params["b"].scale))
+    assert not expected.left_out
+
+
 def test_errors_name_the_tensor() -> None:
     x = laplace(4, 4)
     with pytest.raises(ModelError, match="tensor 'nowhere' is not in the graph"):
         run(["nowhere"], x)
     with pytest.raises(ModelError, match="tensor 's' is int64, expected a float"):
         run(["s"], x)
-    with pytest.raises(CalibrationError, match="tensor 'b' holds NaN or Inf on the calibration"):
-        run(["a", "b"], x, model=MODEL.replace("Add(a, c)", "Div(a, a)"))
+    with pytest.raises(CalibrationError, match="tensor 'b' holds NaN or Inf alone on the calibra"):
+        run(["a", "b"], x, model=MODEL.replace("b = Add(a, c)", "z = Sub(a, a)  b = Div(z, z)"))
     bad = MODEL.replace("[N, 4]", "[N, M]")
     with pytest.raises(CalibrationError, match="ONNX Runtime failed on the calibration") as caught:
         run(["b"], laplace(4, 5), model=bad)
