@@ -69,7 +69,6 @@ def main() -> None:
     noise = np.random.default_rng(0).normal(size=x[:TRAIN].shape).astype(np.float32)
     v = x[:TRAIN] + noise * 0.02 * x[:TRAIN].std()
     unseen = collect(weight, x[TRAIN:], x[TRAIN:])
-    gram.FEW_SAMPLES = 0.0
     floor = torch.full(weight.shape[:2], 1e-30)
     print("| patches | ridge | error, other images | s to collect | s to round |")
     print("|---|---|---|---|---|")

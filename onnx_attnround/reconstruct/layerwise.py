@@ -26,6 +26,12 @@ from onnx_attnround.records import (
     QuantPlan,
     QuantSpec,
 )
+from onnx_attnround.rounding.cross_validation import (
+    choose_ridge,
+    correct,
+    mean_error,
+    towards,
+)
 from onnx_attnround.rounding.methods import Solution, solve
 from onnx_attnround.rounding.moments import Moments, collect
 from onnx_attnround.rounding.objective import objective, plain_objective
@@ -55,10 +61,19 @@ class Layer:
         return (0,) if self.plan.op_type == "ConvTranspose" else ()
 
     def rounding(
-        self, solution: Solution, bias: torch.Tensor | None, power: float
+        self,
+        solution: Solution,
+        bias: torch.Tensor | None,
+        error: Callable[[torch.Tensor], torch.Tensor],
+        power: float,
     ) -> LayerRounding:
-        """The record of a solution; ``power`` is the variance of the layer's output."""
-        scale = self._scales(solution.scale)
+        """The record of a solution.
+
+        ``error`` gives that of the layer's output for a change ``[g, o, d]`` of the weight, per
+        row; ``power`` is the variance of the output, or what else errors are a share of.
+        """
+        scale, power = self._scales(solution.scale), max(power, 1e-30)
+        change = solution.codes * solution.scale - self.weight
         return LayerRounding(
             weight=self.plan.weight,
             spec=self.spec,
@@ -66,8 +81,8 @@ class Layer:
             scale=scale,
             zero_point=np.zeros(scale.shape, np.int8),
             bias=None if bias is None else fetched(bias.reshape(-1)).astype(np.float32),
-            mse_nearest=float(solution.loss_nearest.sum()) / power,
-            mse_final=float(solution.loss.sum()) / power,
+            mse_nearest=float(error(solution.nearest - self.weight).sum()) / power,
+            mse_final=float(error(change).sum()) / power,
             changed=solution.changed,
         )
 
@@ -95,8 +110,12 @@ def round_plain(
         )
         with torch_threads(layer, None):
             solution = solve(problem, "nearest", steps=0, seed=0)
-        power = max(float(layer.weight.square().sum()), 1e-30)
-        roundings[layer.plan.node] = layer.rounding(solution, layer.bias, power)
+        roundings[layer.plan.node] = layer.rounding(
+            solution,
+            layer.bias,
+            lambda change: change.square().sum(-1),
+            float(layer.weight.square().sum()),
+        )
     return roundings
 
 
@@ -138,7 +157,11 @@ def round_layers(
             if kept[index] is None:
                 with torch_threads(layer, config.threads):
                     moments = moments_of(
-                        layer, walk.inputs(index), samples.count, params.get(planned.x)
+                        layer,
+                        walk.inputs(index),
+                        samples.count,
+                        params.get(planned.x),
+                        correlations=config.method != "nearest",
                     )
                     if moments.finite:  # else what round_plain made of the layer stays
                         rounding = round_layer(layer, moments, config, index)
@@ -155,13 +178,21 @@ def moments_of(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     count: int,
     params: QuantParams | None,
+    *,
+    correlations: bool = True,
 ) -> Moments:
     """The moments that ``layer`` is rounded on: centred where a bias takes up the mean error.
 
-    ``batches``, ``count`` and ``params`` as in :func:`moments.collect`.
+    ``batches``, ``count``, ``params`` and ``correlations`` as in :func:`moments.collect`.
     """
     return collect(
-        layer.plan, layer.weight, batches, count, params, centred=layer.bias is not None
+        layer.plan,
+        layer.weight,
+        batches,
+        count,
+        params,
+        centred=layer.bias is not None,
+        correlations=correlations,
     )
 
 
@@ -182,7 +213,12 @@ def threads_limited(limit: int | None) -> Iterator[None]:
 
 
 def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int) -> LayerRounding:
-    """Round one layer by the method of ``config``; its bias takes up the mean error."""
+    """Round one layer by the method of ``config``; its bias takes up the mean error.
+
+    What holds on samples that it was not fitted on decides how much is learned, and
+    whether anything is (``cross_validation.py``).
+    """
+    method = config.method
     problem = objective(
         layer.weight,
         moments,
@@ -190,13 +226,20 @@ def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int)
         scale_floor=layer.scale_floor,
         shared_axes=layer.shared_axes,
     )
-    solution = solve(problem, config.method, steps=config.steps, seed=config.seed + index)
+    if method != "nearest":
+        correction = correct(moments)
+        ridge = choose_ridge(problem, moments, correction)
+        if ridge is None:
+            method = "nearest"
+        else:
+            gram = moments.gram.ridged(ridge)
+            problem = towards(problem, gram, correction.whole)
+    solution = solve(problem, method, steps=config.steps, seed=config.seed + index)
     bias = None
     if layer.bias is not None:
         delta = solution.codes * solution.scale - layer.weight
-        bias = layer.bias + (layer.weight @ moments.mean_e[..., None])[..., 0]
-        bias = bias - (delta @ moments.mean_v[..., None])[..., 0]
-    return layer.rounding(solution, bias, max(float(moments.signal.sum()), 1e-30))
+        bias = layer.bias + mean_error(layer.weight, delta, moments)
+    return layer.rounding(solution, bias, moments.error, float(moments.signal.sum()))
 
 
 def _outcome(layer: Layer, rounding: LayerRounding) -> str:

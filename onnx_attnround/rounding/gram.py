@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 LEAST_POWER = 1e-12  # that a ridge is a share of
-FEW_SAMPLES = 0.03  # ridge for as many samples as inputs; for fewer, more (docs/experiments.md)
 
 
 class Gram(ABC):
@@ -37,8 +36,12 @@ class Gram(ABC):
         """``rows @ G[part]``, ``[g, o, d]`` for ``rows [g, o, b]``."""
 
     @abstractmethod
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ G^-1``, ``[g, o, d]``; zeros where ``G`` is singular in its precision."""
+
+    @abstractmethod
     def ridged(self, share: float) -> Gram:
-        """With ``share`` of the mean power added to the diagonal, or what few samples ask for."""
+        """With ``share`` of the mean power added to the diagonal."""
 
     @abstractmethod
     def centred(self, mean: torch.Tensor) -> Gram:
@@ -68,6 +71,9 @@ class _Dense(Gram):
 
     def spread(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
         return rows @ self.matrix[:, part]
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        return _solved(self.matrix, rows.transpose(1, 2)).transpose(1, 2)
 
     def ridged(self, share: float) -> _Dense:
         matrix = self.matrix.clone()
@@ -107,9 +113,14 @@ class _Factored(Gram):
         result[..., part] += self.ridge[:, None, None] * rows
         return result
 
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        # By Woodbury's identity: (V'V + r I)^-1 = (I - V' (V V' + r I)^-1 V) / r.
+        kernel = self.rows @ self.rows.transpose(1, 2)
+        kernel.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
+        seen = _solved(kernel, self.rows @ rows.transpose(1, 2))
+        return (rows - seen.transpose(1, 2) @ self.rows) / self.ridge[:, None, None]
+
     def ridged(self, share: float) -> _Factored:
-        _, count, depth = self.rows.shape
-        share = max(share, FEW_SAMPLES * depth / count) if count else share
         ridge = share * self.diagonal.mean(-1).clamp_min(LEAST_POWER)
         return _Factored(self.rows, self.ridge + ridge)
 
@@ -122,6 +133,50 @@ class _Factored(Gram):
         return bool(self.diagonal.isfinite().all())
 
 
+@dataclass(frozen=True, slots=True)
+class _Diagonal(Gram):
+    """Inputs taken uncorrelated: ``powers [g, d]`` on the diagonal, and nothing beside."""
+
+    powers: torch.Tensor
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        return self.powers
+
+    def block(self, part: slice) -> torch.Tensor:
+        return torch.diag_embed(self.powers[:, part])
+
+    def times(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * self.powers[:, None, :]
+
+    def spread(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+        result = rows.new_zeros(*rows.shape[:2], self.powers.shape[-1])
+        result[..., part] = rows * self.powers[:, None, part]
+        return result
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows / self.powers[:, None, :].clamp_min(torch.finfo(rows.dtype).tiny)
+
+    def ridged(self, share: float) -> _Diagonal:
+        mean = self.powers.mean(-1, keepdim=True).clamp_min(LEAST_POWER)
+        return _Diagonal(self.powers + share * mean)
+
+    def centred(self, mean: torch.Tensor) -> _Diagonal:
+        return _Diagonal((self.powers - mean.square()).clamp_min(0.0))
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.powers.isfinite().all())
+
+
+def _solved(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``matrix^-1 columns`` of a positive definite matrix, zeros where it is singular."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    found = torch.cholesky_solve(columns, factor)
+    sound = (failed == 0)[:, None, None] & found.isfinite()
+    return torch.where(sound, found, torch.zeros_like(found))
+
+
 def dense(matrix: torch.Tensor) -> Gram:
     """``G`` as it is, ``[g, d, d]``."""
     return _Dense(matrix)
@@ -132,7 +187,11 @@ def factored(rows: torch.Tensor) -> Gram:
     return _Factored(rows / rows.shape[1] ** 0.5, rows.new_zeros(len(rows)))
 
 
+def diagonal(powers: torch.Tensor) -> Gram:
+    """Uncorrelated inputs of these ``powers [g, d]``."""
+    return _Diagonal(powers)
+
+
 def identity(weight: torch.Tensor) -> Gram:
     """Uncorrelated inputs of power 1, for a weight ``[g, o, d]``."""
-    groups, _, depth = weight.shape
-    return _Factored(weight.new_zeros(groups, 0, depth), weight.new_ones(groups))
+    return _Diagonal(weight.new_ones(weight.shape[0], weight.shape[2]))

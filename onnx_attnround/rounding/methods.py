@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -32,10 +32,14 @@ WORTH_DRAWS = 0.03  # share of the error that comes of rounding; draws save a fi
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """Codes ``[g, o, d]``, scale as in ``Objective`` and losses ``[g, o]`` of one layer."""
+    """Codes ``[g, o, d]``, scale as in ``Objective`` and losses ``[g, o]`` of one layer.
+
+    ``nearest`` is the weight ``[g, o, d]`` that rounding to nearest gives.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
+    nearest: torch.Tensor
     loss_nearest: torch.Tensor
     loss: torch.Tensor
     changed: float
@@ -53,6 +57,7 @@ def solve(problem: Objective, method: str, *, steps: int, seed: int) -> Solution
     return Solution(
         codes=torch.cat([part.codes for part in found], 1),
         scale=torch.cat([part.scale for part in found], 1),
+        nearest=torch.cat([part.nearest for part in found], 1),
         loss_nearest=torch.cat([part.loss_nearest for part in found], 1),
         loss=torch.cat([part.loss for part in found], 1),
         changed=sum(n * part.changed for n, part in zip(rows, found, strict=True)) / sum(rows),
@@ -67,14 +72,7 @@ def _parts(problem: Objective) -> Iterator[Objective]:
         yield problem
         return
     for start in range(0, outputs, size):
-        rows = slice(start, start + size)
-        yield replace(
-            problem,
-            weight=problem.weight[:, rows],
-            linear=problem.linear[:, rows],
-            constant=problem.constant[:, rows],
-            scale_floor=problem.scale_floor[:, rows],
-        )
+        yield problem.rows(slice(start, start + size))
 
 
 def _solve(problem: Objective, method: str, steps: int, seed: int) -> Solution:
@@ -90,6 +88,7 @@ def _solve(problem: Objective, method: str, steps: int, seed: int) -> Solution:
     return Solution(
         codes=codes,
         scale=final_scale,
+        nearest=nearest * scale,
         loss_nearest=loss_nearest,
         loss=problem.loss(codes, final_scale),
         changed=float((codes != nearest).float().mean()),

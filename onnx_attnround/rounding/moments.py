@@ -9,12 +9,15 @@ With ``x`` the float input patches, ``v`` those of the quantised prefix and
 so that a step of the optimiser costs ``o d^2`` and no activations. Where the
 layer has a bias, moments are centred: the best bias for any ``Q`` is then
 implied, and is ``b + W E[x] - Q E[v]``.
+
+The sums are kept apart for two folds of the samples, so that what is fitted on one
+can be judged on the other (``cross_validation.py``); those of all samples are their sum.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,8 +26,11 @@ import torch
 
 from onnx_attnround.ops import input_grid
 from onnx_attnround.records import LayerPlan, QuantParams
-from onnx_attnround.rounding.gram import Gram, dense, factored
+from onnx_attnround.rounding.gram import Gram, dense, diagonal, factored
 
+FOLDS = 2
+NEIGHBOURS = 16  # samples in a row that go to one fold, at most: those of a recording are alike
+LEAST_RUNS = 8  # runs of neighbours that few samples are split into
 GOLDEN = 0.6180339887498949
 PER_INPUT = 512  # patches sampled, for each entry of a patch ...
 ENOUGH = 16384  # ... while that is no more than this; then so many, and ...
@@ -34,12 +40,13 @@ WIDE_PATCHES = 8192  # ... of so many patches
 MANY_INPUTS = 128  # from here on products take so long that bfloat16 pays
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """Running sums over sampled patches; torch tensors, float32.
+    """Means over sampled patches; torch tensors, float32.
 
     ``gram`` is ``G``, ``linear`` ``W D`` ``[g, o, d]``; ``mean_v`` and ``mean_e`` ``[g, d]``;
     ``power`` is ``E |W e|^2`` and ``signal`` the variance of ``W x``, both ``[g, o]``.
+    ``folds`` are the moments of two halves of the samples; a single sample has none.
     """
 
     gram: Gram
@@ -48,6 +55,13 @@ class Moments:
     mean_e: torch.Tensor
     power: torch.Tensor
     signal: torch.Tensor
+    folds: tuple[Moments, ...] = ()
+
+    def error(self, change: torch.Tensor) -> torch.Tensor:
+        """The error power ``[g, o]`` of the output for a ``change [g, o, d]`` of the weight."""
+        linear = 2 * self.linear
+        found = (change * (self.gram.times(change) - linear)).sum(-1) + self.power
+        return found.clamp_min(0.0)
 
     @property
     def finite(self) -> bool:
@@ -64,38 +78,77 @@ def collect(
     params: QuantParams | None,
     *,
     centred: bool,
+    correlations: bool = True,
 ) -> Moments:
     """Moments of ``layer`` from ``(x, v)`` batches of ``count`` samples in all.
 
+    Without ``correlations`` the Gram matrix has its diagonal alone, and ``W D`` is zero: rounding
+    to nearest needs no more, and the products take most of the time.
+
     ``weight`` is ``[g, o, d]``, on the device of the batches. ``v`` are codes where
     ``params`` is given. Which patches are sampled depends on a sample's running index
-    alone, not on the batch that it comes in; those that are not finite are left out.
+    alone, not on the batch that it comes in; those that are not finite,
+    as masked positions are in some models, are left out.
     """
     depth, scale = weight.shape[-1], 1.0 if params is None else float(params.scale)
     codes = params is not None and params.spec.bits <= 8
-    second = _Patches() if depth > WIDE else _Products(short=codes and depth >= MANY_INPUTS)
-    sums: list[torch.Tensor] | None = None
-    total: float = 0
+    kind = _Products if depth <= WIDE else _Patches
+    short = codes and depth >= MANY_INPUTS
+    folds = [kind(weight, short) if correlations else _Powers(weight) for _ in range(FOLDS)]
     seen = 0
     for x, v in batches:
-        rows_x, rows_v = _finite(x, v, *_rows(layer, x, v, params, seen, count, depth))
-        seen += x.shape[0]
-        total += rows_v.shape[1]
+        rows_x, rows_v = _rows(layer, x, v, params, seen, count, depth)
+        finite = bool(x.isfinite().all()) and bool(v.isfinite().all())
         e = torch.sub(rows_x, rows_v, alpha=scale)
-        out_e = e @ weight.transpose(1, 2)
-        second.add(rows_v, e, out_e, scale)
-        sums = _added(sums, [rows_v.sum(1).mul_(scale), e.sum(1), out_e.square_().sum(1)])
-    if sums is None:
+        for fold, part in _fold_slices(seen, x.shape[0], count, rows_v.shape[1]):
+            kept = slice(None) if finite else e[:, part].isfinite().all(-1).all(0)
+            folds[fold].add(rows_v[:, part][:, kept], e[:, part][:, kept], scale)
+        seen += x.shape[0]
+    if not seen:
         raise ValueError("no batches")
-    if not total:
-        total = math.nan  # there is nothing to go by, which the result says
-    mean_v, mean_e, power = (part / total for part in sums)
-    gram, linear = second.finish(weight, total)
-    return _finish(weight, gram, linear, mean_v, mean_e, power, centred=centred)
+    return _moments([fold for fold in folds if fold.total] or folds[:1], centred=centred)
 
 
-def _added(sums: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    return parts if sums is None else [a.add_(b) for a, b in zip(sums, parts, strict=True)]
+def _fold_slices(
+    seen: int, samples: int, count: int, rows: int
+) -> Iterator[tuple[int, slice]]:
+    """The fold of each run of neighbours in a batch, and where its patches lie among ``rows``.
+
+    ``seen`` samples came before. The fold of a sample depends on its running index alone.
+    """
+    run = max(min(NEIGHBOURS, count // LEAST_RUNS), 1)
+    per_sample = rows // max(samples, 1)
+    start = seen
+    while start < seen + samples:
+        stop = min(start - start % run + run, seen + samples)
+        yield start // run % FOLDS, slice((start - seen) * per_sample, (stop - seen) * per_sample)
+        start = stop
+
+
+def _moments(folds: Sequence[_Sums], *, centred: bool) -> Moments:
+    """The moments over all folds, with those of each if there are several."""
+    means = [sum_ / folds[0].total for sum_ in folds[0].sums]
+    parts: tuple[Moments, ...] = ()
+    if len(folds) > 1:
+        parts = tuple(_moments([fold], centred=centred) for fold in folds)
+        total = sum(fold.total for fold in folds)
+        means = [sum(sums) / total for sums in zip(*(fold.sums for fold in folds), strict=True)]
+    mean_v, mean_e, power = means[:3]
+    gram, linear, signal = folds[0].second(folds, means)
+    out_e = (folds[0].weight @ mean_e[..., None])[..., 0]
+    if centred:
+        gram = gram.centred(mean_v)
+        linear = torch.baddbmm(linear, out_e[:, :, None], mean_v[:, None, :], alpha=-1)
+        power = power - out_e.square()
+    return Moments(
+        gram=gram,
+        linear=linear,
+        mean_v=mean_v,
+        mean_e=mean_e,
+        power=power.clamp_min(0.0),
+        signal=signal.clamp_min(0.0),
+        folds=parts,
+    )
 
 
 def _rows(
@@ -114,16 +167,6 @@ def _rows(
     sources = grid_x.sources(index)
     rows_v = grid_v.rows(sources, zero).float()
     return grid_x.rows(sources), rows_v if params is None else rows_v.sub_(zero)
-
-
-def _finite(
-    x: torch.Tensor, v: torch.Tensor, rows_x: torch.Tensor, rows_v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that are finite in both streams: positions that are masked throughout are NaN."""
-    if bool(x.isfinite().all()) and bool(v.isfinite().all()):
-        return rows_x, rows_v
-    kept = (rows_x.isfinite() & rows_v.isfinite()).all(-1).all(0)
-    return rows_x[:, kept], rows_v[:, kept]
 
 
 def _plain(values: torch.Tensor) -> torch.Tensor:
@@ -148,36 +191,103 @@ def _positions(samples: int, positions: int, seen: int, count: int, depth: int) 
     return torch.from_numpy(chosen.reshape(samples, per_sample))
 
 
-class _Products:
-    """``G`` and ``W D`` from running sums of ``v v'`` and ``e v'``."""
+class _Sums(ABC):
+    """Running sums over the patches of one fold: means first, then what the kind adds."""
 
-    def __init__(self, *, short: bool) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.sums: list[torch.Tensor] = []
+        self.total = 0
+
+    def add(self, v: torch.Tensor, e: torch.Tensor, scale: float) -> None:
+        """Take in patches ``v``, in steps of ``scale``, and their errors ``e``, ``[g, n, d]``."""
+        out_e = e @ self.weight.transpose(1, 2)
+        products = self.products(v, e, out_e, scale)
+        parts = [v.sum(1).mul_(scale), e.sum(1), out_e.square_().sum(1), *products]
+        if self.sums:
+            parts = [a.add_(b) for a, b in zip(self.sums, parts, strict=True)]
+        self.sums = parts
+        self.total += v.shape[1]
+
+    @abstractmethod
+    def products(
+        self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float
+    ) -> list[torch.Tensor]:
+        """Sums of products over the patches of a batch."""
+
+    @abstractmethod
+    def second(
+        self, folds: Sequence[_Sums], means: Sequence[torch.Tensor]
+    ) -> tuple[Gram, torch.Tensor, torch.Tensor]:
+        """``G``, ``W D`` and the variance of ``W x`` of all ``folds``, from ``means`` of sums."""
+
+    def variance(
+        self, gram: Gram, linear: torch.Tensor, means: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """That of ``W x = W v + W e``."""
+        mean = (self.weight @ (means[0] + means[1])[..., None])[..., 0]
+        power = ((gram.times(self.weight) + 2 * linear) * self.weight).sum(-1) + means[2]
+        return power - mean.square()
+
+
+class _Products(_Sums):
+    """``G`` from ``v v'``, and ``W D`` from the smaller one of ``W e v'`` and ``e v'``."""
+
+    def __init__(self, weight: torch.Tensor, short: bool) -> None:
+        super().__init__(weight)
         self._short = short
-        self._sums: list[torch.Tensor] | None = None
+        self._is_narrow = weight.shape[1] <= weight.shape[2]
 
-    def add(self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float) -> None:
+    def products(
+        self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float
+    ) -> list[torch.Tensor]:
         with _short_products(self._short):
-            gram, cross = _product(v, v), _product(e, v)
-        self._sums = _added(self._sums, [gram.mul_(scale * scale), cross.mul_(scale)])
+            gram, cross = _product(v, v), _product(out_e if self._is_narrow else e, v)
+        return [gram.mul_(scale * scale), cross.mul_(scale)]
 
-    def finish(self, weight: torch.Tensor, total: float) -> tuple[Gram, torch.Tensor]:
-        gram, cross = (part / total for part in self._sums or ())
-        return dense(gram), weight @ cross
+    def second(
+        self, folds: Sequence[_Sums], means: Sequence[torch.Tensor]
+    ) -> tuple[Gram, torch.Tensor, torch.Tensor]:
+        gram = dense(means[3])
+        linear = means[4] if self._is_narrow else self.weight @ means[4]
+        return gram, linear, self.variance(gram, linear, means)
 
 
-class _Patches:
-    """``G`` from the patches ``v`` themselves, ``W D`` from running sums of ``W e v'``."""
+class _Patches(_Sums):
+    """``G`` from the patches ``v`` themselves, ``W D`` from ``W e v'``."""
 
-    def __init__(self) -> None:
-        self._rows: list[torch.Tensor] = []
-        self._linear = torch.zeros(())
+    def __init__(self, weight: torch.Tensor, short: bool) -> None:
+        super().__init__(weight)
+        self.rows: list[torch.Tensor] = []
 
-    def add(self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float) -> None:
-        self._rows.append(v * scale)
-        self._linear = (out_e.transpose(1, 2) @ self._rows[-1]).add_(self._linear)
+    def products(
+        self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float
+    ) -> list[torch.Tensor]:
+        self.rows.append(v * scale)
+        return [out_e.transpose(1, 2) @ self.rows[-1]]
 
-    def finish(self, weight: torch.Tensor, total: float) -> tuple[Gram, torch.Tensor]:
-        return factored(torch.cat(self._rows, 1)), self._linear / total
+    def second(
+        self, folds: Sequence[_Sums], means: Sequence[torch.Tensor]
+    ) -> tuple[Gram, torch.Tensor, torch.Tensor]:
+        kept = [rows for fold in folds if isinstance(fold, _Patches) for rows in fold.rows]
+        gram = factored(torch.cat(kept, 1))
+        return gram, means[3], self.variance(gram, means[3], means)
+
+
+class _Powers(_Sums):
+    """The diagonal of ``G`` alone, and the variance of ``W x`` from the outputs."""
+
+    def products(
+        self, v: torch.Tensor, e: torch.Tensor, out_e: torch.Tensor, scale: float
+    ) -> list[torch.Tensor]:
+        out_x = out_e.add(v @ self.weight.transpose(1, 2), alpha=scale)
+        return [v.square().sum(1).mul_(scale * scale), out_x.square().sum(1)]
+
+    def second(
+        self, folds: Sequence[_Sums], means: Sequence[torch.Tensor]
+    ) -> tuple[Gram, torch.Tensor, torch.Tensor]:
+        mean = (self.weight @ (means[0] + means[1])[..., None])[..., 0]
+        return diagonal(means[3]), torch.zeros_like(self.weight), means[4] - mean.square()
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -198,31 +308,3 @@ def _short_products(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(usual)
-
-
-def _finish(
-    weight: torch.Tensor,
-    gram: Gram,
-    linear: torch.Tensor,
-    mean_v: torch.Tensor,
-    mean_e: torch.Tensor,
-    power: torch.Tensor,
-    *,
-    centred: bool,
-) -> Moments:
-    covariance = gram.centred(mean_v)
-    out_e = (weight @ mean_e[..., None])[..., 0]
-    linear_covariance = linear - out_e[:, :, None] * mean_v[:, None, :]
-    variance = power - out_e.square()
-    # the variance of W x = W v + W e
-    signal = ((covariance.times(weight) + 2 * linear_covariance) * weight).sum(-1) + variance
-    if centred:
-        gram, linear, power = covariance, linear_covariance, variance
-    return Moments(
-        gram=gram,
-        linear=linear,
-        mean_v=mean_v,
-        mean_e=mean_e,
-        power=power.clamp_min(0.0),
-        signal=signal.clamp_min(0.0),
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,6 +64,16 @@ class Objective:
     def clip_round(self, position: torch.Tensor) -> torch.Tensor:
         """The nearest code to a position on the grid."""
         return position.round().clamp_(self.qmin, self.qmax)
+
+    def rows(self, part: slice) -> Objective:
+        """The problem of some of the outputs."""
+        return replace(
+            self,
+            weight=self.weight[:, part],
+            linear=self.linear[:, part],
+            constant=self.constant[:, part],
+            scale_floor=self.scale_floor[:, part],
+        )
 
     def pool(self, rows: torch.Tensor) -> torch.Tensor:
         """Sum ``[g, o, ...]`` over the rows that share a scale."""

@@ -201,7 +201,7 @@ def test_the_bias_takes_the_mean_error_away(name: str) -> None:
         spread = plain[node].std(0) + 1e-3 * plain[node].std()
         step = job.params[layer.x].scale * roundings[node].scale if layer.x in job.params else 0
         means = [np.abs((y[node] - plain[node]).mean(0)) for y in (final, left)]
-        assert (means[0] <= 3e-3 * spread + 0.51 * step).all(), node
+        assert (means[0] <= 0.01 * spread + 0.51 * step).all(), node
         shares.append((means[1] / spread).mean())
     assert np.mean(shares) > 0.03  # without the correction
 
