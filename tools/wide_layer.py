@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from onnx_attnround.records import LayerPlan, QuantSpec
-from onnx_attnround.rounding import gram, moments
+from onnx_attnround.rounding import moments
 from onnx_attnround.rounding import objective as objectives
 from onnx_attnround.rounding.methods import solve
 

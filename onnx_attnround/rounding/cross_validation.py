@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from onnx_attnround.rounding.gram import Gram
+from onnx_attnround.rounding.methods import descend
 from onnx_attnround.rounding.moments import Moments
 from onnx_attnround.rounding.objective import Objective, search_scale
-from onnx_attnround.rounding.methods import descend
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # white noise on the inputs, relative to their mean power
 UNCORRELATED = 100.0  # a ridge beside which the inputs are as good as uncorrelated
@@ -51,9 +51,9 @@ def correct(moments: Moments) -> Correction:
 
     With the fit ``F`` of one fold and ``L``, ``G`` of the other, the share ``c`` of a row saves
     ``2 c F L' - c^2 F G F'``; the share is halfway between what is best for the row and for the
-    layer, for a row alone tells little. Ridge and share are kept for the fit of all samples: with more of them a little
-    less would do, but the prefix has been fitted to these samples, and flatters all that is
-    judged on them.
+    layer, for a row alone tells little. Ridge and share are kept for the fit of all samples.
+    A little less ridge would do for twice as many, but the prefix has been fitted to these
+    samples, and flatters all that is judged on them.
     """
     best = no_correction(moments)
     most = 0.0

@@ -117,11 +117,12 @@ def _fold_slices(
     ``seen`` samples came before. The fold of a sample depends on its running index alone.
     """
     run = max(min(NEIGHBOURS, count // LEAST_RUNS), 1)
-    per_sample = rows // max(samples, 1)
-    start = seen
-    while start < seen + samples:
-        stop = min(start - start % run + run, seen + samples)
-        yield start // run % FOLDS, slice((start - seen) * per_sample, (stop - seen) * per_sample)
+    start, end = seen, seen + samples
+    while start < end:
+        stop = min(start - start % run + run, end)
+        part = slice(*((at - seen) * rows // samples for at in (start, stop)))
+        if part.start < part.stop:
+            yield start // run % FOLDS, part
         start = stop
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.reconstruct.layerwise import Layer, round_layer
+from onnx_attnround.records import LayerPlan, QuantSpec
 from onnx_attnround.rounding.cross_validation import choose_ridge, correct, mean_error
 from onnx_attnround.rounding.moments import Moments, collect
 from onnx_attnround.rounding.objective import objective
-from onnx_attnround.reconstruct.layerwise import Layer, round_layer
-from onnx_attnround.records import LayerPlan, QuantSpec
 
 INPUTS, OUTPUTS, UNSEEN = 96, 16, 4096
 TINY = torch.finfo(torch.float32).tiny
