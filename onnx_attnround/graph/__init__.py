@@ -8,6 +8,14 @@ model that it is given, but for ``name_nodes`` and the target of
 
 from __future__ import annotations
 
+from onnx_attnround.graph.choices import (
+    choices,
+    draws,
+    is_discrete,
+    parted_choices,
+    reads_of,
+    take_choices,
+)
 from onnx_attnround.graph.constants import in_files
 from onnx_attnround.graph.digest import digest_of, model_digest
 from onnx_attnround.graph.editing import (
@@ -35,12 +43,15 @@ from onnx_attnround.graph.saving import (
 
 __all__ = [
     "check_output",
+    "choices",
     "copy_signature",
     "digest_of",
+    "draws",
     "fits_inline",
     "in_files",
     "in_memory",
     "input_specs",
+    "is_discrete",
     "is_read_once",
     "least_ir_version",
     "load",
@@ -48,10 +59,13 @@ __all__ = [
     "name_nodes",
     "only_reader",
     "parameters",
+    "parted_choices",
     "raise_opset",
+    "reads_of",
     "reason",
     "save",
     "serialised",
+    "take_choices",
     "tensor_value",
     "through_proto",
     "with_outputs",

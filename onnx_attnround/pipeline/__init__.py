@@ -236,6 +236,8 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
     with run.stage("verify"):
         verification = _verify(run, prepared, quantised)
         run.notes += _rounded(run, prepared, quantised, checked)
+    if verification is not None:
+        run.notes += verification.notes
     if verification is not None and plan.target.runtime == "onnxruntime":
         run.notes += slower_note(verification.latency, checked.fusion)
     result = QuantizeResult(

@@ -152,7 +152,7 @@ class _Refinement:
         if len({layer.weight for layer in self._block}) < len(names):
             return BlockRounding(nodes=names, skipped="two layers share a weight"), {}, {}
         try:
-            shadow = build_shadow(self._model, *self._walk.names(self._index), self._device)
+            shadow = build_shadow(self._walk.model, *self._walk.names(self._index), self._device)
             given = self._quantised(shadow, self._result.roundings)
             before = self._error(given)
             anew = self._quantised(shadow, self._rounded_anew(shadow))

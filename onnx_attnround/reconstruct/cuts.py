@@ -9,11 +9,12 @@ stage reads them, so that what crosses a cut is the small integer tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError
+from onnx_attnround.graph import draws, reads_of
 
 _Reads = dict[ir.Node, tuple[ir.Value, ...]]
 
@@ -23,16 +24,50 @@ class Stage:
     """One piece of the walk: tensor names in and out, and what the walk needs of them.
 
     ``reads`` is what the layer or block behind the stage reads; ``released`` are those
-    inputs that no later stage reads.
+    inputs that no later stage reads; ``lends`` are computed for another model.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     released: tuple[str, ...]
     reads: tuple[str, ...]
+    lends: tuple[str, ...] = ()
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """All that a run of the stage is asked for."""
+        return tuple(dict.fromkeys((*self.outputs, *self.lends)))
 
 
-def cut(model: ir.Model, layers: Sequence[str], codes: Collection[str] = ()) -> tuple[Stage, ...]:
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """How two models hang together that are walked side by side.
+
+    ``lends`` are values that the one computes for the other, where they are inputs;
+    ``given`` tells for each such input the stage from which on it is there. ``ends`` are
+    outputs of their block, though no later stage may read them.
+    """
+
+    lends: Collection[str] = ()
+    ends: Collection[str] = ()
+    given: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, taken: Mapping[str, str], stages: Sequence[Stage], ends: Collection[str] = ()
+    ) -> Ties:
+        """Those of a model whose inputs ``taken`` stand for values that ``stages`` lend."""
+        lent = {name: k for k, stage in enumerate(stages) for name in stage.lends}
+        given = {name: lent[source] for name, source in taken.items() if source in lent}
+        return cls(ends=ends, given=given)
+
+
+UNTIED = Ties()
+
+
+def cut(
+    model: ir.Model, layers: Sequence[str], codes: Collection[str] = (), ties: Ties = UNTIED
+) -> tuple[Stage, ...]:
     """The stages up to the input of the last layer; ``layers`` are node names in graph order.
 
     Stage ``k`` provides what layer ``k`` reads. ``codes`` are the integer tensors
@@ -51,14 +86,16 @@ def cut(model: ir.Model, layers: Sequence[str], codes: Collection[str] = ()) -> 
         raise ModelError(
             f"node '{constant[0]}': its input depends on no model input; exclude the node"
         )
-    stages = _stages(model.graph, reads, order, set())
+    stages = _stages(model.graph, reads, order, set(), ties)
     return tuple(
         replace(stage, reads=(layer_reads[layer],))
         for stage, layer in zip(stages, layers, strict=False)
     )
 
 
-def cut_blocks(model: ir.Model, blocks: Sequence[Sequence[str]]) -> tuple[Stage, ...]:
+def cut_blocks(
+    model: ir.Model, blocks: Sequence[Sequence[str]], ties: Ties = UNTIED
+) -> tuple[Stage, ...]:
     """The stages of whole blocks of layers, up to the outputs of the graph.
 
     Stage 0 is what comes before all layers, stage ``k + 1`` is block ``k``: the nodes
@@ -67,9 +104,10 @@ def cut_blocks(model: ir.Model, blocks: Sequence[Sequence[str]]) -> tuple[Stage,
     """
     reads, crossing = _crossing_reads(model.graph, lambda node, source: _is_quantisation(node))
     outputs = {crossing[value] for value in model.graph.outputs if value in crossing}
+    ends = {crossing[value] for value in crossing if value.name in ties.ends}
     order = {name: position + 1 for position, names in enumerate(blocks) for name in names}
-    reads = _needed(reads, set(order), outputs)
-    stages = _stages(model.graph, reads, order, outputs)
+    reads = _needed(reads, set(order), outputs | ends)
+    stages = _stages(model.graph, reads, order, outputs, ties)
     behind = (*stages[1:], Stage((), (), (), ()))
     return tuple(
         replace(stage, reads=later.inputs) for stage, later in zip(stages, behind, strict=True)
@@ -101,35 +139,47 @@ def _is_quantisation(node: ir.Node) -> bool:
 
 
 def _stages(
-    graph: ir.Graph, reads: _Reads, order: Mapping[str, int], kept: Collection[ir.Value]
+    graph: ir.Graph,
+    reads: _Reads,
+    order: Mapping[str, int],
+    kept: Collection[ir.Value],
+    ties: Ties,
 ) -> tuple[Stage, ...]:
     """The stages for layers in ``order``; ``kept`` values are released by none of them."""
-    origin: dict[ir.Value, int] = dict.fromkeys(graph.inputs, -1)
+    given = {value for value in graph.inputs if value.name in ties.given}
+    origin = {value: ties.given.get(value.name or "", -1) for value in graph.inputs}
     count = max(order.values(), default=0) + 1
     read_in: list[set[ir.Value]] = [set() for _ in range(count)]
     for node, values in reads.items():
-        stage = max(order.get(node.name or "", 0), *(origin[value] for value in values))
+        stage = max((order.get(node.name or "", 0), *(origin[value] for value in values)))
         origin.update(dict.fromkeys(node.outputs, stage))
         read_in[stage].update(values)
     last = {value: stage for stage, values in enumerate(read_in) for value in values}
     last.update(dict.fromkeys(kept, count))
+    ends = [value for value in origin if value.name in ties.ends]
+    last.update({value: max(last.get(value, 0), origin[value] + 1) for value in ends})
     return tuple(
         Stage(
-            inputs=_names(value for value in read_in[stage] if origin[value] < stage),
-            outputs=_names(v for v in last if origin[v] == stage and last[v] > stage),
-            released=_names(v for v in last if origin[v] < stage and last[v] == stage),
+            inputs=_names(v for v in read_in[stage] if origin[v] < stage or v in given),
+            outputs=_names(
+                v for v in last if origin[v] == stage and last[v] > stage and v not in given
+            ),
+            released=_names(
+                v for v in last if last[v] == stage and (origin[v] < stage or v in given)
+            ),
             reads=(),
+            lends=_names(v for v in origin if v.name in ties.lends and origin[v] == stage),
         )
         for stage in range(count)
     )
 
 
 def extract(model: ir.Model, stage: Stage) -> ir.Model:
-    """The sub-model that computes ``stage.outputs`` from ``stage.inputs``.
+    """The sub-model that computes ``stage.computed`` from ``stage.inputs``.
 
     An input of unknown type is taken to be float32.
     """
-    graph = ir.convenience.extract(model.graph, list(stage.inputs), list(stage.outputs))
+    graph = ir.convenience.extract(model.graph, list(stage.inputs), list(stage.computed))
     for value in (*graph.inputs, *graph.outputs):
         value.metadata_props.clear()
     for value in graph.inputs:
@@ -151,10 +201,10 @@ def _crossing_reads(
     crossing = {value: value for value in graph.inputs if not value.is_initializer()}
     reads: _Reads = {}
     for node in graph:
-        found = tuple(crossing[value] for value in _reads(node) if value in crossing)
+        found = tuple(crossing[value] for value in reads_of(node) if value in crossing)
         if found and (node.op_type == "Identity" or passes(node, found[0])):
             crossing[node.outputs[0]] = found[0]
-        elif found:
+        elif found or draws(node):  # what is drawn is drawn once
             reads[node] = found
             crossing.update((value, value) for value in node.outputs)
     return reads, crossing
@@ -169,17 +219,3 @@ def _needed(reads: _Reads, names: Collection[str], outputs: Collection[ir.Value]
             kept.add(node)
             wanted.update(values)
     return {node: values for node, values in reads.items() if node in kept}
-
-
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads; values that its subgraphs capture may come with some of their own."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = [attribute.as_graph()]
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = list(attribute.as_graphs())
-        else:
-            continue
-        for child in (child for graph in graphs for child in graph.all_nodes()):
-            yield from (value for value in child.inputs if value is not None)

@@ -183,17 +183,29 @@ def moments_of(
 ) -> Moments:
     """The moments that ``layer`` is rounded on: centred where a bias takes up the mean error.
 
-    ``batches``, ``count``, ``params`` and ``correlations`` as in :func:`moments.collect`.
+    ``batches``, ``count``, ``params`` and ``correlations`` as in :func:`moments.collect`. Where
+    the streams differ in their rows, the float one stands for both.
     """
+    same_rows = (
+        (x, v if v.shape == x.shape else _codes_of(x, params)) for x, v in batches
+    )
     return collect(
         layer.plan,
         layer.weight,
-        batches,
+        same_rows,
         count,
         params,
         centred=layer.bias is not None,
         correlations=correlations,
     )
+
+
+def _codes_of(x: torch.Tensor, params: QuantParams | None) -> torch.Tensor:
+    """What a layer reads if nothing is quantised but its input ``x``; codes as floats."""
+    if params is None:
+        return x
+    codes = (x / float(params.scale)).round() + float(params.zero_point)
+    return codes.clamp(params.spec.qmin, params.spec.qmax)
 
 
 def torch_threads(layer: Layer, limit: int | None) -> AbstractContextManager[None]:

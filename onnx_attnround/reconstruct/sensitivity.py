@@ -14,11 +14,12 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
-from onnx_attnround.graph import tensor_value
+from onnx_attnround.graph import choices, take_choices, tensor_value, with_outputs
 from onnx_attnround.qdq.arithmetic import dequantize, spread
 from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.layerwise import (
@@ -104,26 +105,27 @@ def _costs(
 
 
 class _Probe:
-    """The float model, run with one layer's weight and bias replaced."""
+    """The float model on the choices that it makes, with one layer's weight and bias replaced."""
 
     def __init__(
         self, model: ir.Model, layers: Sequence[LayerPlan], samples: Samples, config: QuantConfig
     ) -> None:
         named = {name for layer in layers for name in (layer.weight, layer.bias) if name}
         self._shapes = {name: tensor_value(model, name).shape for name in sorted(named)}
-        self._session = open_session(
-            _overridable(model, self._shapes), threads=config.threads, device=config.device
-        )
+        copy = _overridable(model, self._shapes)
+        taken = take_choices(copy, model, choices(model.graph, {each.node for each in layers}))
+        self._session = open_session(copy, threads=config.threads, device=config.device)
         self._names = [o.name for o in self._session.get_outputs() if "float" in o.type]
-        self._feeds = list(_first(samples, config.batch_size))
-        self._expected = [self._run(feeds) for feeds in self._feeds]
+        feeds = _first(samples, config.batch_size)
+        self._feeds = list(_with_choices(model, taken, feeds, config))
+        self._expected = [_run(self._session, self._names, feeds) for feeds in self._feeds]
 
     def error(self, layer: LayerPlan, rounding: LayerRounding) -> float:
         """Error over power of each float output, summed; 0 if none can be compared."""
         replaced = self._replaced(layer, rounding)
         sums = np.zeros((len(self._names), 2))
         for feeds, expected in zip(self._feeds, self._expected, strict=True):
-            got = self._run({**feeds, **replaced})
+            got = _run(self._session, self._names, {**feeds, **replaced})
             sums += [_powers(*pair) for pair in zip(got, expected, strict=True)]
         return float((sums[:, 0] / np.maximum(sums[:, 1], 1e-30)).sum())
 
@@ -139,13 +141,29 @@ class _Probe:
             replaced[layer.bias] = bias.reshape(self._shapes[layer.bias])
         return replaced
 
-    def _run(self, feeds: Feeds) -> list[Array]:
-        try:
-            return list(self._session.run(self._names, dict(feeds)))
-        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-            raise CalibrationError(
-                f"ONNX Runtime failed on calibration samples: {first_line(error)}"
-            ) from error
+
+def _run(session: ort.InferenceSession, names: list[str], feeds: Feeds) -> list[Array]:
+    try:
+        return list(session.run(names, dict(feeds)))
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+        raise CalibrationError(
+            f"ONNX Runtime failed on calibration samples: {first_line(error)}"
+        ) from error
+
+
+def _with_choices(
+    model: ir.Model, taken: Mapping[str, str], feeds: Iterator[Feeds], config: QuantConfig
+) -> Iterator[Feeds]:
+    """The feeds, with what ``model`` chooses or draws on them for the inputs ``taken``."""
+    if not taken:
+        yield from feeds
+        return
+    sources = list(taken.values())
+    session = open_session(
+        with_outputs(model, sources), threads=config.threads, device=config.device
+    )
+    for feed in feeds:
+        yield {**feed, **dict(zip(taken, _run(session, sources, feed), strict=True))}
 
 
 def _overridable(model: ir.Model, names: Mapping[str, object]) -> ir.Model:

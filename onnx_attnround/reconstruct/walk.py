@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import onnx_ir as ir
@@ -16,8 +17,9 @@ import onnxruntime as ort
 import torch
 
 from onnx_attnround.errors import CalibrationError
+from onnx_attnround.graph import parted_choices, reads_of, take_choices
 from onnx_attnround.reconstruct.activation_store import ActivationStore
-from onnx_attnround.reconstruct.cuts import Stage, cut, cut_blocks, extract, raw_names
+from onnx_attnround.reconstruct.cuts import Stage, Ties, cut, cut_blocks, extract, raw_names
 from onnx_attnround.records import LayerPlan
 from onnx_attnround.runtime.device import Value, placed, release, run_on
 from onnx_attnround.runtime.session import first_line, open_session
@@ -28,7 +30,9 @@ class Walk:
     """The two streams. Call ``advance(k)``, read ``inputs(k)``, quantise layer ``k``, and so on.
 
     ``quantised`` may be updated in place between the calls: stage ``k`` is
-    extracted when it is reached. Without it, the float stream stands for both.
+    extracted when it is reached. It is the walk's own: what it would choose or draw otherwise
+    than the float model becomes an input of it, which the float stream provides.
+    Without it, the float stream stands for both.
     """
 
     def __init__(
@@ -45,12 +49,16 @@ class Walk:
     ) -> None:
         names = [layer.node for layer in layers]
         self._feeds = _placed(samples, batch_size, device)
-        self._streams = [_Stream("float", model, cut(model, names), store, threads, device)]
+        taken: dict[str, str] = {}
         if quantised is not None:
-            stages = cut(quantised, names, _added_codes(quantised, model))
-            self._streams.append(
-                _Stream("quantised", quantised, stages, store, threads, device)
-            )
+            taken = take_choices(quantised, model, parted_choices(model, quantised))
+        stages = cut(model, names, ties=Ties(lends=set(taken.values())))
+        lender = _Stream("float", model, stages, store, threads, device, taken)
+        self._streams = [lender]
+        if quantised is not None:
+            ties = Ties.of(taken, stages)
+            stages = cut(quantised, names, _added_codes(quantised, model), ties)
+            self._streams.append(_Stream("quantised", quantised, stages, store, threads, device))
         self._batches = 0
 
     def advance(self, index: int) -> None:
@@ -110,11 +118,17 @@ class BlockWalk:
         names = [[layer.node for layer in block] for block in blocks]
         self.samples = samples.count
         self._feeds = _placed(samples, batch_size, device)
-        self._stages = cut_blocks(model, names)
-        self._plain = _Stream("float", model, self._stages, store, threads, device)
-        self._quantised = _Stream(
-            "quantised", quantised, cut_blocks(quantised, names), store, threads, device
-        )
+        self.model = model.clone()
+        """The float model, with what it chooses and draws as inputs, as blocks read them."""
+        nodes = parted_choices(model, quantised)
+        self._taken = take_choices(self.model, model, nodes)
+        taken = take_choices(quantised, model, nodes)
+        ends = {v.name or "" for n in model.graph if n.name in nodes for v in reads_of(n)}
+        stages = cut_blocks(model, names, Ties(lends=set(taken.values()), ends=ends))
+        self._stages = cut_blocks(self.model, names, Ties.of(self._taken, stages, ends))
+        self._plain = _Stream("float", model, stages, store, threads, device, taken)
+        stages = cut_blocks(quantised, names, Ties.of(taken, stages))
+        self._quantised = _Stream("quantised", quantised, stages, store, threads, device)
         self._raw = raw_names(quantised)
         self.count = 0
         """How many batches there are, once ``advance(0)`` is done."""
@@ -136,9 +150,13 @@ class BlockWalk:
     def batch(self, index: int, batch: int) -> BlockBatch:
         """One of the ``count`` batches at block ``index``, after ``advance(index)``."""
         inputs, outputs = self.names(index)
+        quantised = {n: self._quantised.get(self._raw.get(n, n), batch) for n in inputs}
         return BlockBatch(
-            plain={name: self._plain.get(name, batch) for name in inputs},
-            quantised={n: self._quantised.get(self._raw.get(n, n), batch) for n in inputs},
+            plain={
+                name: quantised[name] if name in self._taken else self._plain.get(name, batch)
+                for name in inputs
+            },
+            quantised=quantised,
             outputs={name: self._plain.get(name, batch) for name in outputs},
         )
 
@@ -155,14 +173,19 @@ def _start(streams: Sequence[_Stream], feeds: Iterator[dict[str, Value]]) -> int
     runs = [stream.start() for stream in streams]
     batches = 0
     for batch, values in enumerate(feeds):
-        for run in runs:
+        for run in runs:  # the float stream first, which lends
             run(batch, values)
         batches = batch + 1
+    for stream in streams:
+        stream.release(0)
     return batches
 
 
 class _Stream:
-    """One model, its stages and its live tensors in the store."""
+    """One model, its stages and its live tensors in the store.
+
+    ``lends`` are values that it computes for the stream ``quantised``, by their names there.
+    """
 
     def __init__(
         self,
@@ -172,6 +195,7 @@ class _Stream:
         store: ActivationStore,
         threads: int | None,
         device: torch.device,
+        lends: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._label = label
         self._model = model
@@ -179,6 +203,7 @@ class _Stream:
         self._store = store
         self._threads = threads
         self._device = device
+        self._lent = {source: name for name, source in lends.items()}
 
     def layer_input(self, index: int, batch: int) -> torch.Tensor:
         """What the layer behind stage ``index`` reads."""
@@ -200,7 +225,8 @@ class _Stream:
             for name in feeds.keys() & kept:
                 self._put(name, batch, feeds[name])
             if session is not None:
-                self._run(session, stage, batch, feeds)
+                given = {n: feeds[n] if n in feeds else self.get(n, batch) for n in stage.inputs}
+                self._run(session, stage, batch, given)
 
         return run
 
@@ -217,7 +243,7 @@ class _Stream:
             self._store.release(f"{self._label}:{name}")
 
     def _session(self, stage: Stage) -> ort.InferenceSession | None:
-        if not stage.outputs:
+        if not stage.computed:
             return None
         release(self._device)
         model = extract(self._model, stage)
@@ -227,19 +253,21 @@ class _Stream:
         self._store.put(f"{self._label}:{name}", batch, value)
 
     def _run(
-        self, session: ort.InferenceSession, stage: Stage, batch: int, values: Mapping[str, Value]
+        self, session: ort.InferenceSession, stage: Stage, batch: int, feeds: Mapping[str, Value]
     ) -> None:
-        feeds = {name: values[name] for name in stage.inputs}
         try:
-            results = run_on(self._device, session, stage.outputs, feeds)
+            results = run_on(self._device, session, stage.computed, feeds)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
             raise CalibrationError(
                 f"ONNX Runtime failed on calibration batch {batch}: {first_line(error)}"
             ) from error
-        for name, value in zip(stage.outputs, results, strict=True):
-            self._put(name, batch, value)
+        for name, value in zip(stage.computed, results, strict=True):
+            if name in stage.outputs:
+                self._put(name, batch, value)
+            if name in self._lent:
+                self._store.put(f"quantised:{self._lent[name]}", batch, value)
 
 
 def _added_codes(quantised: ir.Model, model: ir.Model) -> set[str]:

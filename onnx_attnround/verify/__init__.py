@@ -19,7 +19,8 @@ from onnx_attnround.verify.compare import (
 )
 from onnx_attnround.verify.gates import REMEDY, check_gates, missed_gates
 from onnx_attnround.verify.results import Accuracy, Latency, OutputComparison, Verification
-from onnx_attnround.verify.runs import BATCH, Step, open_pair
+from onnx_attnround.verify.runs import BATCH, Step
+from onnx_attnround.verify.shared import open_comparison
 from onnx_attnround.verify.speed import measure_speed, serialised_bytes, slower_note
 
 __all__ = [
@@ -68,8 +69,9 @@ def verify(
     compared, limit = (samples, OUTPUT_SAMPLES) if evaluation is None else (evaluation, None)
     total = min(compared.count, limit or compared.count) + min(samples.count, LAYER_SAMPLES) + 1
     step = _stepper(total, on_event)
+    comparison = open_comparison(models, threads)
     count, outputs, accuracy = compare_outputs(
-        open_pair(models, threads), batches(compared, BATCH, limit), labels, step
+        comparison.run, batches(compared, BATCH, limit), labels, step
     )
     layer_sqnr = compare_layers(models, layers, samples, threads, step)
     latency = measure_speed(models, samples)
@@ -77,13 +79,19 @@ def verify(
     return Verification(
         samples=count,
         held_out=evaluation is not None,
-        outputs=tuple(sums.result() for sums in outputs.values() if sums.comparable),
+        outputs=tuple(
+            sums.result()
+            for name, sums in outputs.items()
+            if sums.comparable and name not in comparison.apart
+        ),
         accuracy=accuracy,
         layer_sqnr=layer_sqnr,
         not_compared=(
+            *comparison.apart,
             *(name for name, sums in outputs.items() if not sums.comparable),
             *(layer.node for layer in layers if layer.node not in layer_sqnr),
         ),
+        notes=tuple(comparison.notes()),
         latency=latency,
         float_bytes=serialised_bytes(float_model),
         quantised_bytes=serialised_bytes(quantised),
@@ -102,7 +110,7 @@ def output_sqnr(
     Over all ``samples``, or the first ones up to ``limit``.
     """
     _, sums, _ = compare_outputs(
-        open_pair((float_model, quantised), threads),
+        open_comparison((float_model, quantised), threads).run,
         batches(samples, BATCH, limit),
         labels=None,
         step=lambda detail, count: None,

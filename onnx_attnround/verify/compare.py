@@ -10,32 +10,24 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.errors import CalibrationError, OutputError
-from onnx_attnround.graph import input_specs, with_outputs
+from onnx_attnround.graph import input_specs
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify.results import Accuracy, OutputComparison
-from onnx_attnround.verify.runs import (
-    Feed,
-    Models,
-    Outputs,
-    Runs,
-    Step,
-    open_pair,
-    run_both,
-    sample_count,
-)
+from onnx_attnround.verify.runs import Feed, Models, Outputs, Step, sample_count
+from onnx_attnround.verify.shared import Pair, open_shared
 
 LAYER_SAMPLES = 64
 LAYER_BATCH = 8  # every layer's output of a batch is held at once
 
 
 def compare_outputs(
-    runs: Runs, feeds: Iterator[Feed], labels: Array | None, step: Step
+    run: Pair, feeds: Iterator[Feed], labels: Array | None, step: Step
 ) -> tuple[int, dict[str, Sums], Accuracy | None]:
     """One pass of both models: samples seen, sums per graph output, and top-1."""
     done, sums, correct = 0, dict[str, Sums](), np.zeros(2, np.int64)
     for feed in feeds:
-        expected, got = run_both(runs, feed)
+        expected, got = run(feed)
         _add_batch(sums, expected, got)
         if labels is not None:
             wanted = labels[done : done + sample_count(feed)]
@@ -59,10 +51,9 @@ def compare_layers(
     found = {layer.y: layer.node for layer in layers if all(layer.y in names for names in known)}
     if not found:
         return {}
-    watched = with_outputs(models[0], list(found)), with_outputs(models[1], list(found))
-    runs, sums = open_pair(watched, threads), dict[str, Sums]()
+    run, sums = open_shared(models, list(found), threads), dict[str, Sums]()
     for feed in batches(samples, LAYER_BATCH, LAYER_SAMPLES):
-        _add_batch(sums, *run_both(runs, feed))
+        _add_batch(sums, *run(feed))
         step("layers", sample_count(feed))
     return {found[name]: total.sqnr_db for name, total in sums.items()}
 

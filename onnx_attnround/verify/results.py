@@ -82,8 +82,9 @@ class Verification:
     ``outputs`` were compared over ``samples`` samples, which are those that the model
     was calibrated on unless ``held_out``; ``layer_sqnr`` maps a
     planned layer's node name to the SQNR of its output in dB, ``not_compared``
-    names the layers and graph outputs that could not be. Sizes are those of the
-    serialised models, in bytes.
+    names the layers and graph outputs that could not be. Layers are compared on what the
+    float model chooses and draws, and so are outputs that could not be compared otherwise,
+    of which ``notes`` tell. Sizes are those of the serialised models, in bytes.
     """
 
     samples: int
@@ -92,6 +93,7 @@ class Verification:
     accuracy: Accuracy | None
     layer_sqnr: Mapping[str, float]
     not_compared: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     latency: Latency
     float_bytes: int
     quantised_bytes: int

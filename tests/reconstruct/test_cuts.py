@@ -142,8 +142,8 @@ def test_an_input_of_unknown_type_is_taken_to_be_float() -> None:
 
 
 def test_a_layer_that_reads_no_input_is_named() -> None:
-    model = build("""g (float[N,4] x) => (float[N,4] y) <float[4,4] w>
-        { r = RandomNormal<shape=[1,4]>()  a = MatMul(r, w)  y = Add(x, a) }""")
+    model = build("""g (float[N,4] x) => (float[N,4] y) <float[4,4] w, int64[2] s = {1,4}>
+        { r = ConstantOfShape(s)  a = MatMul(r, w)  y = Add(x, a) }""")
     with pytest.raises(ModelError, match="node 'MatMul_0': .* exclude"):
         cut(model, ["MatMul_0"])
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from choosing_models import CHOOSING, choosing
 from layered_models import LAYERED, layered, noise
 from small_models import build
 
@@ -117,3 +118,11 @@ def test_constant_layers_cost_nothing() -> None:
                   "{ a = MatMul(x, v)  r = Relu(a)  y = MatMul(r, w) }")  # fmt: skip
     for of_layer in measured(model, np.zeros((8, 6), np.float32)).values():
         assert set(of_layer.values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_errors_are_those_on_the_choices_of_the_float_model(name: str) -> None:
+    """Other rows or draws would cost as much as there is signal, whatever the bits."""
+    model = choosing(name)
+    errors = measured(model, noise(model, 40), bit_choices=[4, 6])
+    assert all(0 <= cost[6] <= cost[4] < 0.25 for cost in errors.values())

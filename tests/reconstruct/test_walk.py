@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from choosing_models import CHOOSING, choosing
 from layered_models import LAYERED, layered, noise
 from small_models import build
 
@@ -354,3 +355,74 @@ def test_blocks_read_what_they_read_in_the_models_run_whole(name: str, act_bits:
             for key, values in batch.quantised.items():
                 wanted = quantised[raw.get(key, key)]
                 np.testing.assert_allclose(values, wanted, rtol=tolerance, atol=tolerance)
+
+
+def float_values(x: torch.Tensor, params: QuantParams | None) -> torch.Tensor:
+    """What codes stand for."""
+    if params is None:
+        return x
+    return (x.float() - float(params.zero_point)) * float(params.scale)
+
+
+@pytest.mark.parametrize("act_bits", [8, 32])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_both_streams_have_the_rows_and_draws_of_the_float_model(name: str, act_bits: int) -> None:
+    """Else what the last layer reads would differ by almost as much as it is itself.
+
+    Ranges come of other draws than the walk's, so that some of these are cut off.
+    """
+    setup = Setup(choosing(name), act_bits=act_bits)
+    with Watched() as store:
+        it = setup.walk(store)
+        for index, layer in enumerate(setup.plan.layers):
+            it.advance(index)
+            signal = noise = 0.0
+            for x, v in it.inputs(index):
+                assert x.shape == v.shape
+                error = x - float_values(v, setup.params.get(layer.x))
+                signal += float(x.square().sum())
+                noise += float(error.square().sum())
+            assert noise < 0.4 * signal
+        held = {tuple(held.split(":", 1)) for held in store.names}
+        reads = setup.reads()
+        assert held <= {("float", reads[0][-1]), ("quantised", reads[1][-1])}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_blocks_have_the_rows_and_draws_of_the_float_model(name: str) -> None:
+    setup = Setup(choosing(name))
+    blocks = [[layer] for layer in setup.plan.layers]
+    with ActivationStore(1 << 20) as store:
+        it = BlockWalk(
+            setup.model, setup.quantised, blocks, setup.samples,
+            batch_size=BATCH, store=store, threads=1, device=CPU,
+        )  # fmt: skip
+        for index in range(len(blocks)):
+            it.advance(index)
+            for number in range(it.count):
+                batch = it.batch(index, number)
+                assert batch.plain.keys() == batch.quantised.keys()
+                for key, values in batch.plain.items():
+                    assert values.shape == batch.quantised[key].shape
+                    if not values.is_floating_point():
+                        torch.testing.assert_close(values, batch.quantised[key])
+
+
+def test_what_is_drawn_is_drawn_once() -> None:
+    """Two stages read the noise, and the draws of a float model are not those of another run."""
+    setup = Setup(build("""g (float[N,4] x) => (float[N,4] y) <float[4,4] v, float[4,4] w>
+        { n = RandomNormal<shape=[1,4]>()  a = Add(x, n)  b = MatMul(a, v)  c = Sub(b, b)
+          d = Add(c, n)  y = MatMul(d, w) }"""), act_bits=32)  # fmt: skip
+    with ActivationStore(1 << 20) as store:
+        it = setup.walk(store)
+        it.advance(0)
+        first = [(x, v) for x, v in it.inputs(0)]
+        it.advance(1)
+        second = list(it.inputs(1))
+    for (x, v), (later, other), feeds in zip(
+        first, second, setup.samples.batches(BATCH), strict=True
+    ):
+        drawn = x - torch.from_numpy(feeds["x"])
+        torch.testing.assert_close(v, x)
+        torch.testing.assert_close(later, drawn, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other, drawn, atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
+from choosing_models import choosing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import build
@@ -106,12 +107,12 @@ def scores_of(model: ir.Model, samples: Samples, name: str) -> np.ndarray:
     return hidden if name == "hidden" else np.maximum(hidden, 0) @ weights["w2"]
 
 
-def perturbed(model: ir.Model, name: str) -> ir.Model:
-    """A copy with one weight rounded to halves."""
+def perturbed(model: ir.Model, name: str, steps: int = 2) -> ir.Model:
+    """A copy with one weight rounded to so many steps of one."""
     result = model.clone()
     value = result.graph.initializers[name]
     array = graph.tensor_value(model, name)
-    value.const_value = ir.tensor((np.round(array * 2) / 2).astype(np.float32), name=name)
+    value.const_value = ir.tensor((np.round(array * steps) / steps).astype(np.float32), name=name)
     return result
 
 
@@ -249,6 +250,61 @@ def test_other_outputs_are_an_output_error() -> None:
     wider = build("net (float[N, 3] x) => (float[N, M] y) { y = Concat<axis = 1>(x, x) }")
     with pytest.raises(OutputError, match=r"tensor 'y' .* got shape \[4, 6\], expected \[4, 3\]"):
         verify(scaled("1.0"), wider, noise(wider, 4))
+
+
+CHOSEN = "compared on what the float model chooses and draws"
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "what"),
+    [
+        ("top rows", "TopK", CHOSEN),
+        ("above a threshold", "Greater", CHOSEN),
+        ("suppressed", "NonMaxSuppression", CHOSEN),
+        ("looked up", "ArgMax", CHOSEN),
+        ("as long as it says", "Range", CHOSEN),
+        ("branches", "Greater", CHOSEN),
+        ("noise", "RandomNormalLike", CHOSEN),
+        ("decides in a loop", "Loop", "not compared"),
+        ("dropout in training", "Dropout", "not compared"),
+    ],
+)
+def test_rows_chosen_by_data_are_compared_on_the_choices_of_the_float_model(
+    name: str, node: str, what: str
+) -> None:
+    model = choosing(name)
+    quantised = perturbed(model, "w0", 4)
+    quantised.graph.node("first").name = "other"  # whose outputs so count as changed
+    found = verify(model, quantised, noise(model, 20), layers=[layer("second", "y")])
+    (note,) = found.notes
+    assert f"'y', since {node} '{node}_0' may choose or draw otherwise" in note
+    assert note.endswith(what)
+    assert found.layer_sqnr["second"] > 10
+    if what == CHOSEN:
+        (output,) = found.outputs
+        assert output.sqnr_db is not None
+        assert output.sqnr_db > 10
+        assert found.not_compared == ()
+    else:
+        assert found.outputs == ()
+        assert found.not_compared == ("y",)
+
+
+def test_choices_as_outputs_are_compared_as_they_are() -> None:
+    """Nothing is taken from the float model where an output has the same place in both."""
+    model = build("""net (float[N, 4] x) => (int64[N, 1] best, float[N, 2] top) <
+        float[4, 4] w0, int64[1] k = {2}> {
+        [first] h = MatMul(x, w0)
+        best = ArgMax<axis = 1>(h)
+        top, index = TopK<axis = 1>(h, k) }""")
+    quantised = perturbed(model, "w0", 1)
+    quantised.graph.node("first").name = "other"
+    found = verify(model, quantised, noise(model, 200))
+    assert found.notes == ()
+    best, top = found.outputs
+    assert best.agreement is not None
+    assert 0.5 < best.agreement < 1
+    assert top.sqnr_db is not None
 
 
 def test_integer_outputs_are_judged_by_equality() -> None:
