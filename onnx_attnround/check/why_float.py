@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import onnx_ir as ir
+
 from onnx_attnround.check.view import Layer, Link, View, bias_fits
 from onnx_attnround.graph import only_reader
 from onnx_attnround.targets import Runtime
@@ -65,6 +67,37 @@ def _bias(view: View, layer: Layer) -> str | None:
     return None
 
 
+def _joined(view: View, layer: Layer) -> str | None:
+    """A MatMul of known shape and the Add behind it become a Gemm before Q/DQ are looked for."""
+    product = layer.node.outputs[0]
+    add = only_reader(product)
+    if layer.node.op_type != "MatMul" or add is None or add.op_type != "Add":
+        return None
+    other = next((value for value in add.inputs if value is not product), None)
+    if not _makes_gemm(layer.node.inputs[0], product, other):
+        return None
+    return (
+        "ONNX Runtime joins it with the Add behind it, to a Gemm that computes in float: "
+        "give the bias the shape [1, 1, outputs]"
+    )
+
+
+def _makes_gemm(x: ir.Value | None, product: ir.Value, added: ir.Value | None) -> bool:
+    """Whether ``x @ weight = product`` and ``product + added`` have shapes of a Gemm.
+
+    With more than two dimensions all of ``x`` must be known, and a row be added.
+    """
+    sizes, columns, row = (value and value.shape for value in (x, product, added))
+    if sizes is None or columns is None or row is None or not len(row):
+        return False
+    known = all(isinstance(size, int) for size in (*sizes[1:], columns[-1], *row))
+    if not known or (len(sizes) > 2 and not isinstance(sizes[0], int)):
+        return False
+    if len(row) == 1:
+        return bool(row[0] == columns[-1])
+    return len(sizes) == 2 == len(row) and (row[0] in (1, sizes[0])) and row[1] in (1, columns[1])
+
+
 def _gemm(view: View, layer: Layer) -> str | None:
     if layer.node.op_type != "Gemm":
         return None
@@ -110,7 +143,7 @@ _OPERANDS: tuple[Reason, ...] = (_op, _float_operands, _wide_activations)
 
 REASONS: dict[Runtime, tuple[Reason, ...]] = {
     "onnxruntime": (
-        *_OPERANDS, _weight_type, _signs, _blocks, _bias, _gemm, _output, _signed_on_x86
+        *_OPERANDS, _weight_type, _signs, _blocks, _bias, _joined, _gemm, _output, _signed_on_x86
     ),
     "openvino": (*_OPERANDS, _weight_type, _blocks),
     "tensorrt": (*_OPERANDS, _weight_type, _blocks),

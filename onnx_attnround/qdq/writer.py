@@ -286,8 +286,11 @@ class _Writer:
         node.replace_input_with(1, weight)
         if turned:
             node.attributes.pop("transB")
-        if layer.x not in self.params and self.plan.target.runtime == "onnxruntime":
-            self._part_from_relu(node)
+        if self.plan.target.runtime == "onnxruntime":
+            if layer.x in self.params:
+                self._part_from_bias(node, layer)
+            else:
+                self._part_from_relu(node)
         if bias:
             value = bias[0]
             if len(bias) > 1:
@@ -309,6 +312,26 @@ class _Writer:
             relu.op_type = "Max"
             relu.resize_inputs(2)
             relu.replace_input_with(1, zero)
+
+    def _part_from_bias(self, node: ir.Node, layer: LayerPlan) -> None:
+        """A bias of the rank of the product, in place of a row that is added to a MatMul.
+
+        ONNX Runtime makes a Gemm of a MatMul of known shape and the row behind it, before it
+        looks for Q/DQ, and that Gemm computes in float.
+        """
+        product, rank = node.outputs[0], len(layer.input_shape or ())
+        add = only_reader(product)
+        if node.op_type != "MatMul" or add is None or add.op_type != "Add" or rank < 2:
+            return
+        index = 1 - add.inputs.index(product)
+        row = add.inputs[index]
+        if row is None or row.const_value is None:
+            return
+        values = row.const_value.numpy()
+        if values.shape != layer.weight_shape[1:]:
+            return
+        bias = _tensor(values.reshape(*(1,) * (rank - 1), -1), row.const_value.dtype, row.name)
+        add.replace_input_with(index, self._initializer(bias))
 
     def add_activation(self, name: str) -> None:
         """Q and DQ behind the tensor ``name``, for all its consumers; DQ alone on a constant."""

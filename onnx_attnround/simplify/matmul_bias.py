@@ -1,4 +1,4 @@
-"""MatMul and Add of rank 2 as one Gemm, which runs in integer with its bias."""
+"""MatMul and Add of rank 2 as Gemm, which runs in integer, with its bias where that is constant."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from onnx_attnround.simplify.constants import take_over_output
 def fold_matmul_bias(model: ir.Model) -> int:
     """``A @ B + C`` becomes a Gemm, for ``A [m, k]`` and constants ``B [k, n]``, ``C [n]``.
 
-    ONNX Runtime joins the two by itself, but computes in float where the output is
-    not quantised: a Gemm must have an integer bias then. A MatMul of higher rank runs
-    in integer as it is.
+    With any other ``C`` of rank 2 the product alone does, and the Add stays. ONNX Runtime
+    joins MatMul and Add by itself, but computes in float where the output is not
+    quantised: a Gemm must have an integer bias then. A MatMul of higher rank runs in
+    integer as it is.
     """
     adds = [node for node in model.graph if node.op_type == "Add" and node.domain == ""]
     return sum(
@@ -28,15 +29,21 @@ def _fold(graph: ir.Graph, add: ir.Node, product: ir.Value | None, bias: ir.Valu
         return False
     x, weight = matmul.inputs
     matrix, row = _constant_shape(weight), _constant_shape(bias)
-    if len(matrix) != 2 or row not in (matrix[1:], [1, *matrix[1:]]):
+    is_row = row in (matrix[1:], [1, *matrix[1:]])
+    if len(matrix) != 2 or not is_read_once(product) or _rank(x) != 2:
         return False
-    if not is_read_once(product) or x is None or x.shape is None or len(x.shape) != 2:
+    if not is_row and _rank(bias) != 2:
         return False
     matmul.op_type = "Gemm"
-    matmul.resize_inputs(3)
-    matmul.replace_input_with(2, bias)
-    take_over_output(graph, matmul, add)
+    if is_row:
+        matmul.resize_inputs(3)
+        matmul.replace_input_with(2, bias)
+        take_over_output(graph, matmul, add)
     return True
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
 
 
 def _constant_shape(value: ir.Value | None) -> list[object]:

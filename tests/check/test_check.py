@@ -468,6 +468,37 @@ def activated(op: str, point: int) -> ir.Model:
     return made.build(made.qdq(made.node(op, ["y"], "a"), "out", point=point))
 
 
+def added(shape: tuple[Any, ...], bias: tuple[int, ...]) -> ir.Model:
+    """A MatMul of an input of ``shape`` with 4 channels, an Add of ``bias`` and a Tanh."""
+    made = Builder()
+    made.node("MatMul", [made.qdq("x", "in"), made.weight("w", (4, 5), axis=1)], "y")
+    made.node("Add", [made.constant("b", np.ones(bias)), "y"], "s")
+    return made.build(made.node("Tanh", ["s"], "t"), shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias"),
+    [((1, 3, 4), (5,)), ((2, 3, 3, 4), (5,)), (("N", 4), (5,)), (("N", 4), (1, 5)), ((3, 4), (3, 5)),
+     ((3, 4), (3, 1))],
+)  # fmt: skip
+def test_a_product_that_is_joined_with_what_is_added_is_told(
+    shape: tuple[Any, ...], bias: tuple[int, ...]
+) -> None:
+    assert "joins it with the Add behind it" in fallen(added(shape, bias), TARGETS["ort"])["y"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias"),
+    [(("N", 3, 4), (5,)), ((1, 3, 4), (1, 1, 5)), ((1, 3, 4), (1, 5)), ((1, 3, 4), (1,)),
+     ((1, 3, 4), (3, 5)), ((3, 4), (1, 1, 5)), (("N", 4), (3, 5)), ((3, 4), ())],
+)  # fmt: skip
+def test_other_products_before_an_add_run_in_integer(
+    shape: tuple[Any, ...], bias: tuple[int, ...]
+) -> None:
+    view = View(added(shape, bias), TARGETS["ort"])
+    assert find_fusion(view).integer == expected_fusion(view).integer == ("y",)
+
+
 @pytest.mark.parametrize("op", ["Conv", "MatMul", "Gemm"])
 @pytest.mark.parametrize("bias", ["float", "int32", "none"])
 def test_what_no_reason_speaks_against_does_run_in_integer(op: str, bias: str) -> None:

@@ -709,6 +709,14 @@ DENSE = {
     "matmul and bias": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) c = MatMul(t, n) "
                         "y = Add(b, c)", "[N,3,4]",
                         {"MatMulIntegerToFloat": 2, "Add": 2, "QuantizeLinear": 1}),
+    "matmul and bias of known shape": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) c = MatMul(t, n) "
+                                       "y = Add(b, c)", "[1,3,4]",
+                                       {"MatMulIntegerToFloat": 2, "Add": 2, "QuantizeLinear": 1}),
+    "matmul and bias of rank 4": ("a = MatMul(x, m) s = Add(b, a) u = Add(s, b) c = MatMul(u, n) "
+                                  "y = Add(c, b)", "[2,2,3,4]",
+                                  {"MatMulIntegerToFloat": 2, "Add": 3, "QuantizeLinear": 1}),
+    "matmul and matrix": ("a = MatMul(x, m) s = Add(a, n) y = Softmax(s)", "[4,4]",
+                            {"QGemm": 1, "Add": 1, "Softmax": 1}),
     "matmul and bias of rank 2": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) c = MatMul(t, n) "
                                   "y = Add(b, c)", "[N,4]", {"QGemm": 2}),
 }  # fmt: skip

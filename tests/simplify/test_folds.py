@@ -257,6 +257,18 @@ def test_other_products_stay_matmul(model: ir.Model) -> None:
     assert ops(result)[0] == "MatMul"
 
 
+@pytest.mark.parametrize("call", ["Add(p, z)", "Add(z, p)"])
+def test_matmul_before_a_residual_of_rank_2_becomes_a_gemm(call: str) -> None:
+    """ONNX Runtime would make a float Gemm of the two."""
+    model = build(
+        f"g (float[3,4] x, float[3,6] z) => (float[3,6] y) <float[4,6] w> "
+        f"{{ p = MatMul(x, w) a = {call} y = Relu(a) }}"
+    )
+    result, _ = check(model)
+    assert ops(result) == ["Gemm", "Add", "Relu"]
+    assert len(result.graph[0].inputs) == 2
+
+
 def test_batch_norm_folds_into_matmul_and_bias() -> None:
     model = build(
         f"""g (float[N,4] x) => (float[N,6] n) <float[4,6] w, float[6] b, {NORM}> {{
