@@ -94,15 +94,18 @@ class QuantPlan:
 
     ``activations`` maps each tensor that gets Q/DQ to its spec; ``same_range``
     maps a tensor to the one whose scale and zero point it must share (data
-    movement); ``skipped`` maps the name of a node left in float to the reason,
-    ``unblocked`` that of a layer to why it has no blocks of scales. ``tables`` holds the bits
-    of the tables that are quantised, by the names of the nodes that look them up.
+    movement); ``shared`` maps each tensor that is computed in float, and read by
+    integer and float nodes alike, to the names of the former; ``skipped`` maps the
+    name of a node left in float to the reason, ``unblocked`` that of a layer to why
+    it has no blocks of scales. ``tables`` holds the bits of the tables that are
+    quantised, by the names of the nodes that look them up.
     """
 
     target: Target
     layers: tuple[LayerPlan, ...]
     activations: Mapping[str, QuantSpec]
     same_range: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     unblocked: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)

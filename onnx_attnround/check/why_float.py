@@ -87,15 +87,20 @@ def _makes_gemm(x: ir.Value | None, product: ir.Value, added: ir.Value | None) -
 
     With more than two dimensions all of ``x`` must be known, and a row be added.
     """
-    sizes, columns, row = (value and value.shape for value in (x, product, added))
-    if sizes is None or columns is None or row is None or not len(row):
+    sizes, columns, row = (_dims(value) for value in (x, product, added))
+    if not sizes or not columns or not row:
         return False
     known = all(isinstance(size, int) for size in (*sizes[1:], columns[-1], *row))
     if not known or (len(sizes) > 2 and not isinstance(sizes[0], int)):
         return False
     if len(row) == 1:
-        return bool(row[0] == columns[-1])
-    return len(sizes) == 2 == len(row) and (row[0] in (1, sizes[0])) and row[1] in (1, columns[1])
+        return row[0] == columns[-1]
+    both = len(sizes) == len(row) == 2
+    return both and row[0] in (1, sizes[0]) and row[1] in (1, columns[-1])
+
+
+def _dims(value: ir.Value | None) -> list[object]:
+    return [] if value is None or value.shape is None else list(value.shape)
 
 
 def _gemm(view: View, layer: Layer) -> str | None:

@@ -23,7 +23,7 @@ from onnx_attnround.pipeline.memory_limit import within_limit
 from onnx_attnround.pipeline.open_inputs import check_samples, open_calibration, open_evaluation
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.plan.bits import allocate, measures
-from onnx_attnround.plan.split_inputs import part_inputs
+from onnx_attnround.plan.split_inputs import part_floats, part_layers
 from onnx_attnround.records import (
     Array,
     BitAllocation,
@@ -288,10 +288,11 @@ def _plan(
 ) -> tuple[ir.Model, QuantPlan]:
     """The plan, and the model that it is for, whose layers may read tensors of their own."""
     plan = plan_model(model, config, quantise_activations=quantise_activations)
-    parted = part_inputs(model, plan, config) if quantise_activations else model
-    if parted is not model:
-        plan = plan_model(parted, config, quantise_activations=True)
-    return parted, plan
+    for part in (part_layers, part_floats):
+        parted = part(model, plan, config)
+        if parted is not model:
+            model, plan = parted, plan_model(parted, config, quantise_activations=True)
+    return model, plan
 
 
 def _within_limit(run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan) -> Loaded:

@@ -45,13 +45,15 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     planned, unblocked = with_blocks(marked, config.block_size, target)
     activations: dict[str, QuantSpec] = {}
     same_range: dict[str, str] = {}
+    shared: dict[str, frozenset[str]] = {}
     if integer:
-        activations, same_range = Activations(model, marked, target, config).find()
+        activations, same_range, shared = Activations(model, marked, target, config).find()
     return QuantPlan(
         target=target,
         layers=planned,
         activations=activations,
         same_range=same_range,
+        shared=shared,
         skipped={**skipped, **kept},
         unblocked=unblocked,
         tables=tables,

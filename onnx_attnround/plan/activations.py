@@ -26,9 +26,13 @@ class Activations:
     chosen: dict[str, ir.Value] = field(default_factory=dict)
     same_range: dict[str, str] = field(default_factory=dict)
     integer: set[str] = field(default_factory=set)  # names of nodes that run in integer
+    joins: set[str] = field(default_factory=set)  # of Adds that join an integer layer and codes
 
-    def find(self) -> tuple[dict[str, QuantSpec], dict[str, str]]:
-        """The spec of each tensor, and the tensor whose range it takes over, both by name."""
+    def find(self) -> tuple[dict[str, QuantSpec], dict[str, str], dict[str, frozenset[str]]]:
+        """The spec of each tensor, the tensor whose range it takes over, and who shares it.
+
+        The last as :class:`QuantPlan` has it; all by the names of tensors.
+        """
         layers = {layer.node for layer in self.layers}
         nodes = [node for node in self.model.graph if is_standard(node)]
         for node in nodes:
@@ -40,7 +44,7 @@ class Activations:
             self._add_shortcuts(nodes)
         else:
             self._add_everything()
-        return {name: self._spec(name) for name in self.chosen}, self.same_range
+        return {name: self._spec(name) for name in self.chosen}, self.same_range, self._shared()
 
     def _add_layer(self, node: ir.Node) -> None:
         self.integer.add(name_of(node))
@@ -56,7 +60,7 @@ class Activations:
                 self._add_arithmetic(node)
             elif node.op_type in self.target.movement:
                 self._add_movement(node)
-        self._drop_idle_movement()
+        self._drop_idle()
 
     def _add_arithmetic(self, node: ir.Node) -> None:
         output = self._absorbed(node.outputs[0])
@@ -81,6 +85,7 @@ class Activations:
             terms = [v for v in node.inputs if v is not None and v.const_value is None]
             straight = [value for value in terms if self._is_fused(value)]
             if straight and len(terms) == 2:
+                self.joins.add(name_of(node))
                 self._choose(terms[1] if straight[0] is terms[0] else terms[0])
 
     def _is_fused(self, value: ir.Value) -> bool:
@@ -121,20 +126,57 @@ class Activations:
                 return node.outputs[0]
         return value
 
-    def _drop_idle_movement(self) -> None:
-        """Without an integer consumer, moved codes gain nothing: end the region before."""
+    def _drop_idle(self) -> None:
+        """End a region before what no integer node reads: codes gain nothing there.
+
+        One range for all that a Concat joins would even cost much: of boxes in pixels and
+        scores the latter are lost.
+        """
         for node in reversed(list(self.model.graph)):
-            moved = [value for value in _moved(node) if value.name in self.same_range]
-            if not any(self._feeds_integer(value) for value in moved):
-                for value in moved:
-                    del self.chosen[value.name or ""], self.same_range[value.name or ""]
+            if node.op_type in self.target.arithmetic and name_of(node) in self.integer:
+                made = [self._absorbed(node.outputs[0])]
+            else:
+                made = [value for value in _moved(node) if value.name in self.same_range]
+            if made and not any(self._feeds_integer(value) for value in made):
+                self.integer.discard(name_of(node))
+                for value in made:
+                    del self.chosen[value.name or ""]
+                    self.same_range.pop(value.name or "", None)
 
     def _feeds_integer(self, value: ir.Value) -> bool:
-        return any(
-            name_of(node) in self.integer
-            or any(self.same_range.get(v.name or "") == value.name for v in node.outputs)
-            for node in value.consumers()
-        )
+        return any(self._reads_codes(node, value) for node in value.consumers())
+
+    def _reads_codes(self, node: ir.Node, value: ir.Value) -> bool:
+        """Whether ``node`` computes on the codes of ``value``, or moves them."""
+        moves = any(self.same_range.get(v.name or "") == value.name for v in node.outputs)
+        return moves or name_of(node) in self.integer | self.joins
+
+    def _shared(self) -> dict[str, frozenset[str]]:
+        """The tensors that are computed in float, and read by integer and float nodes alike.
+
+        Each with the names of the former. What an integer kernel writes has no float value.
+        """
+        if self.target.placement == "everything":
+            return {}
+        found: dict[str, frozenset[str]] = {}
+        for name, value in self.chosen.items():
+            readers = value.consumers()
+            integer = [node for node in readers if self._reads_codes(node, value)]
+            in_float = len(integer) < len(readers) or value.is_graph_output()
+            if integer and in_float and self._is_float(value):
+                found[name] = frozenset(map(name_of, integer))
+        return found
+
+    def _is_float(self, value: ir.Value) -> bool:
+        """Whether ``value`` is there before its Q: no integer kernel writes or moves its codes."""
+        producer = value.producer()
+        source = producer.inputs[0] if producer is not None and producer.inputs else None
+        if source is not None and self._absorbed(source) is value:
+            producer = source.producer()
+        in_integer = producer is not None and name_of(producer) in self.integer
+        if producer is not None and in_integer:
+            return producer.op_type in self.target.float_output
+        return value.name not in self.same_range and value.const_value is None
 
     def _spec(self, name: str) -> QuantSpec:
         """The spec of a tensor.

@@ -1,14 +1,15 @@
-"""Part what layers read at few bits from what other nodes read at eight.
+"""Part what readers want in another precision: codes and float, few bits and eight.
 
 A residual stream is read by the next layer and added further on. With one
-quantiser for both, every block rounds the whole stream to the few bits of a
-layer's input, and the errors add up. An Identity in front of the layers makes
-their input a tensor of its own, with its own quantiser (docs/experiments.md).
+quantiser for both, every block rounds the whole stream to what a layer's input
+needs, and the errors add up. An Identity in front of the layers makes their
+input a tensor of its own, with its own quantiser, or with the only one
+(docs/experiments.md). It is no node of the file: the Q takes its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
@@ -16,35 +17,51 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.records import QuantPlan
 
 
-def part_inputs(model: ir.Model, plan: QuantPlan, config: QuantConfig) -> ir.Model:
+def part_layers(model: ir.Model, plan: QuantPlan, config: QuantConfig) -> ir.Model:
     """A copy of ``model`` with an Identity before layers whose input other nodes read too.
 
     With activations of 8 bits or more, or where no tensor is read so, ``model`` itself.
     """
     if config.act_bits >= 8:
         return model
+    layers = frozenset(layer.node for layer in plan.layers)
+    made = {value.name for node in model.graph for value in node.outputs}
+    inputs = (layer.x for layer in plan.layers if layer.x in plan.activations)
+    return _parted(model, {name: layers for name in inputs if name in made})
+
+
+def part_floats(model: ir.Model, plan: QuantPlan, config: QuantConfig) -> ir.Model:
+    """A copy of ``model`` with an Identity before the integer readers of ``plan.shared``.
+
+    Float nodes then read what was computed in float. Without such tensors, ``model`` itself.
+    """
+    return _parted(model, plan.shared)
+
+
+def _parted(model: ir.Model, readers: Mapping[str, Collection[str]]) -> ir.Model:
+    """A copy with an Identity between these tensors and these of their readers, by name.
+
+    ``model`` itself, where nobody else reads any of them.
+    """
     parted = model.clone()
-    layers = {layer.node for layer in plan.layers}
-    inputs = {layer.x for layer in plan.layers}
-    found = [
-        (value, [(use.node, use.idx) for use in value.uses() if use.node.name in layers])
-        for node in parted.graph
-        for value in node.outputs
-        if value.name in inputs
-    ]
-    shared = [(value, reads) for value, reads in found if len(reads) < len(value.uses())]
-    for value, reads in shared:
-        _part(value, reads)
-    return parted if shared else model
+    values = ir.convenience.create_value_mapping(parted.graph, include_subgraphs=False)
+    done = [_part(parted.graph, values[name], nodes) for name, nodes in readers.items()]
+    return parted if any(done) else model
 
 
-def _part(value: ir.Value, reads: Sequence[tuple[ir.Node, int]]) -> None:
-    producer = value.producer()
-    if producer is None or producer.graph is None:
-        return
+def _part(graph: ir.Graph, value: ir.Value, nodes: Collection[str]) -> bool:
+    """Put an Identity between ``value`` and the ``nodes``, unless they alone read it."""
+    reads = [(use.node, use.idx) for use in value.uses() if use.node.name in nodes]
+    if len(reads) == len(value.uses()) and not value.is_graph_output():
+        return False
     node = ir.node("Identity", [value], name=f"{value.name}/part")
-    narrow = node.outputs[0]
-    narrow.name, narrow.shape, narrow.type = f"{value.name}/parted", value.shape, value.type
-    producer.graph.insert_after(producer, node)
+    parted = node.outputs[0]
+    parted.name, parted.shape, parted.type = f"{value.name}/parted", value.shape, value.type
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(producer, node)
     for reader, index in reads:
-        reader.replace_input_with(index, narrow)
+        reader.replace_input_with(index, parted)
+    return True

@@ -330,7 +330,8 @@ class _Writer:
         values = row.const_value.numpy()
         if values.shape != layer.weight_shape[1:]:
             return
-        bias = _tensor(values.reshape(*(1,) * (rank - 1), -1), row.const_value.dtype, row.name)
+        values = values.reshape(*(1,) * (rank - 1), -1)
+        bias = _tensor(values, row.const_value.dtype, f"{layer.node}/row")
         add.replace_input_with(index, self._initializer(bias))
 
     def add_activation(self, name: str) -> None:
@@ -354,9 +355,9 @@ class _Writer:
             raw.name = self._fresh(f"{name}_raw")
         narrow = params.spec.bits < 8 and name not in self.plan.same_range  # moved: clipped before
         source = raw
-        drops = self.plan.target.drop_absorbed or (
-            narrow and producer is not None and producer.op_type in ("Clip", "Identity")
-        )  # either would part the layer from its Q
+        op_type = None if producer is None else producer.op_type
+        parts = op_type == "Identity" or (narrow and op_type == "Clip")  # a layer from its Q
+        drops = parts or self.plan.target.drop_absorbed
         if drops and takes_name and producer is not None and _is_idle(producer, params):
             source = producer.inputs[0] or raw
         quantise = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")

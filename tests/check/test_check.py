@@ -468,7 +468,7 @@ def activated(op: str, point: int) -> ir.Model:
     return made.build(made.qdq(made.node(op, ["y"], "a"), "out", point=point))
 
 
-def added(shape: tuple[Any, ...], bias: tuple[int, ...]) -> ir.Model:
+def product_and(shape: tuple[Any, ...], bias: tuple[int, ...]) -> ir.Model:
     """A MatMul of an input of ``shape`` with 4 channels, an Add of ``bias`` and a Tanh."""
     made = Builder()
     made.node("MatMul", [made.qdq("x", "in"), made.weight("w", (4, 5), axis=1)], "y")
@@ -478,13 +478,14 @@ def added(shape: tuple[Any, ...], bias: tuple[int, ...]) -> ir.Model:
 
 @pytest.mark.parametrize(
     ("shape", "bias"),
-    [((1, 3, 4), (5,)), ((2, 3, 3, 4), (5,)), (("N", 4), (5,)), (("N", 4), (1, 5)), ((3, 4), (3, 5)),
-     ((3, 4), (3, 1))],
+    [((1, 3, 4), (5,)), ((2, 3, 3, 4), (5,)), (("N", 4), (5,)), (("N", 4), (1, 5)),
+     ((3, 4), (3, 5)), ((3, 4), (3, 1))],
 )  # fmt: skip
 def test_a_product_that_is_joined_with_what_is_added_is_told(
     shape: tuple[Any, ...], bias: tuple[int, ...]
 ) -> None:
-    assert "joins it with the Add behind it" in fallen(added(shape, bias), TARGETS["ort"])["y"]
+    why = fallen(product_and(shape, bias), TARGETS["ort"])["y"]
+    assert "joins it with the Add behind it" in why
 
 
 @pytest.mark.parametrize(
@@ -495,7 +496,7 @@ def test_a_product_that_is_joined_with_what_is_added_is_told(
 def test_other_products_before_an_add_run_in_integer(
     shape: tuple[Any, ...], bias: tuple[int, ...]
 ) -> None:
-    view = View(added(shape, bias), TARGETS["ort"])
+    view = View(product_and(shape, bias), TARGETS["ort"])
     assert find_fusion(view).integer == expected_fusion(view).integer == ("y",)
 
 

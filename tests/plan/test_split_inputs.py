@@ -1,4 +1,4 @@
-"""Layers read tensors of their own where others read the same at 8 bits."""
+"""Layers read tensors of their own where others read the same at 8 bits, or in float."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from small_models import build
 
 from onnx_attnround import QuantConfig, quantize
 from onnx_attnround.plan import make_plan
-from onnx_attnround.plan.split_inputs import part_inputs
+from onnx_attnround.plan.split_inputs import part_floats, part_layers
 
 RESIDUAL = """
     g (float[N,4,6,6] x) => (float[N,4,6,6] y)
@@ -26,7 +26,7 @@ RESIDUAL = """
 
 def parted(model: ir.Model, **options: Any) -> ir.Model:
     config = QuantConfig(**options)
-    return part_inputs(model, make_plan(model, config, quantise_activations=True), config)
+    return part_layers(model, make_plan(model, config, quantise_activations=True), config)
 
 
 def test_a_stream_that_is_added_too_is_parted() -> None:
@@ -78,5 +78,78 @@ def test_a_parted_stream_is_worth_decibels(
         return verification.outputs[0].sqnr_db or 0.0
 
     with_parting = sqnr()
-    monkeypatch.setattr("onnx_attnround.pipeline.part_inputs", lambda model, plan, config: model)
+    monkeypatch.setattr("onnx_attnround.pipeline.part_layers", lambda model, plan, config: model)
     assert with_parting > sqnr() + 0.5
+
+
+CONV = "Conv<pads=[1,1,1,1]>"
+ENCODER = """
+    g (float[N,4,6] x) => (float[N,4,6] y)
+    <float[6,6] m, float[6] b, float[6,9] up, float[9,6] down, float[6] one, float[6] zero>
+    { n = LayerNormalization(x, one, zero)  p = MatMul(n, m)  q = Add(p, b)  r = Add(q, n)
+      o = LayerNormalization(r, one, zero)  u = MatMul(o, up)  g = Relu(u)  d = MatMul(g, down)
+      s = Add(d, o)  y = LayerNormalization(s, one, zero) }"""
+
+
+def float_reads(model: ir.Model, target: str, **options: Any) -> dict[str, list[str]]:
+    """What each node reads that is parted from others: names of nodes by tensor."""
+    config = QuantConfig(target=target, **options)
+    result = part_floats(model, make_plan(model, config, quantise_activations=True), config)
+    parts = [node for node in result.graph if node.op_type == "Identity"]
+    return {
+        str(node.inputs[0].name): sorted(str(reader.name) for reader in node.outputs[0].consumers())
+        for node in parts
+        if node.inputs[0] is not None
+    }
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-arm", "openvino"])
+def test_float_nodes_read_what_was_computed_in_float(target: str) -> None:
+    assert float_reads(build(ENCODER), target) == {"n": ["MatMul_0"], "o": ["MatMul_1"]}
+
+
+def test_in_tensorrt_the_shortcut_of_a_layer_has_codes() -> None:
+    """The Add behind a MatMul is fused with it if its other operand is quantised."""
+    assert float_reads(build(ENCODER), "tensorrt") == {"n": ["MatMul_0"]}
+
+
+def test_where_each_tensor_has_codes_nothing_is_parted() -> None:
+    assert float_reads(build(ENCODER), "qnn") == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "ort", "openvino"),
+    [
+        # What an integer Conv writes are codes; without a Q on its output it is a float.
+        (f"a = {CONV}(x, w1) r = Relu(a) e = Exp(r) b = {CONV}(r, w2) y = Add(b, e)",
+         {}, {"r": ["Conv_1"]}),
+        # So does an Add between integer layers; what only moves codes has no float either.
+        (f"a = {CONV}(x, w1) b = {CONV}(a, w2) s = Add(a, b) e = Exp(s) c = {CONV}(s, w2) "
+         "y = Mul(c, e)", {}, {"a": ["Conv_1"], "s": ["Conv_2"]}),
+        # An input, and what a float node makes.
+        (f"e = Exp(x) a = {CONV}(x, w1) h = HardSwish(a) b = {CONV}(h, w2) y = Sum(b, h, e)",
+         {"x": ["Conv_0"], "h": ["Conv_1"]}, {"x": ["Conv_0"], "h": ["Conv_1"]}),
+        # An output of the model is read in float.
+        (f"z = Sqrt(x) y = {CONV}(z, w1)", {"z": ["Conv_0"]}, {"z": ["Conv_0"]}),
+    ],
+)  # fmt: skip
+def test_who_reads_codes(
+    body: str, ort: dict[str, list[str]], openvino: dict[str, list[str]]
+) -> None:
+    shape = "float[N,4,6,6]"
+    outputs = ", ".join(f"{shape} {name}" for name in "yz" if f"{name} =" in body)
+    text = f"g ({shape} x) => ({outputs}) <float[4,4,3,3] w1, float[4,4,3,3] w2> {{ {body} }}"
+    model = build(text)
+    assert float_reads(model, "ort") == ort
+    assert float_reads(model, "openvino") == openvino
+
+
+def test_in_the_file_the_residual_reads_before_the_q() -> None:
+    model = build(ENCODER)
+    feeds = {"x": np.random.default_rng(0).normal(size=(64, 4, 6)).astype(np.float32)}
+    result = quantize(model, feeds, QuantConfig(steps=0))
+    made = {node.name: node for node in result.model.graph}
+    assert made["Add_1"].inputs[1].producer().op_type == "LayerNormalization"
+    assert made["MatMul_0"].inputs[0].producer().op_type == "DequantizeLinear"
+    assert all(node.op_type != "Identity" for node in result.model.graph)
+    assert set(result.checked.fusion.integer) == {"MatMul_0", "MatMul_1", "MatMul_2"}

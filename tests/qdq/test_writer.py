@@ -709,8 +709,8 @@ DENSE = {
     "matmul and bias": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) c = MatMul(t, n) "
                         "y = Add(b, c)", "[N,3,4]",
                         {"MatMulIntegerToFloat": 2, "Add": 2, "QuantizeLinear": 1}),
-    "matmul and bias of known shape": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) c = MatMul(t, n) "
-                                       "y = Add(b, c)", "[1,3,4]",
+    "matmul and bias of known shape": ("a = MatMul(x, m) s = Add(a, b) t = Relu(s) "
+                                       "c = MatMul(t, n) y = Add(b, c)", "[1,3,4]",
                                        {"MatMulIntegerToFloat": 2, "Add": 2, "QuantizeLinear": 1}),
     "matmul and bias of rank 4": ("a = MatMul(x, m) s = Add(b, a) u = Add(s, b) c = MatMul(u, n) "
                                   "y = Add(c, b)", "[2,2,3,4]",

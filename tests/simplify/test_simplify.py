@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_transposed_input_is_not_drawn_into_gemm_nor_layers_joined() -> None:
         }"""
     )
     result, _ = check(model)
-    assert sorted(ops(result)) == sorted(ops(model))
+    assert Counter(ops(result)) == {"Transpose": 1, "Gemm": 3, "Add": 2}
 
 
 def test_shape_arithmetic_folds_and_unnamed_dimensions_stay_unnamed() -> None:
