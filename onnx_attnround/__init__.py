@@ -1,13 +1,17 @@
 """Post-training quantisation of ONNX models by Attention Round: ONNX in, standard QDQ out.
 
-from onnx_attnround import QuantConfig, quantize
+from onnx_attnround import quantize
 
-quantize("in.onnx", "samples.npz", QuantConfig(weight_bits=4), output="out.onnx")
+result = quantize("in.onnx", "samples.npz", weight_bits=4)
+result.save("out.onnx")
+
+What this module exports is public. All other modules are how it is done, and may change.
 """
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from onnx_attnround.config import QuantConfig
@@ -19,38 +23,56 @@ from onnx_attnround.errors import (
     ModelError,
     OutputError,
 )
+from onnx_attnround.targets import TARGETS, Target
+from onnx_attnround.version import version
 
 if TYPE_CHECKING:
-    from onnx_attnround.pipeline import QuantizeResult, check_model, make_plan, quantize
+    from onnx_attnround.pipeline import check_model, make_plan, quantize
     from onnx_attnround.pipeline.trade_off import trade_off
+    from onnx_attnround.records import Event
+    from onnx_attnround.report.result import QuantizeResult
+    from onnx_attnround.samples.preprocess import Preprocess
+
+    __version__: str
 
 # Else the official builds of ONNX Runtime from 1.29 on report on the models that they run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
+    "TARGETS",
     "AttnRoundError",
     "CalibrationError",
     "ConfigError",
+    "Event",
     "GateError",
     "ModelError",
     "OutputError",
+    "Preprocess",
     "QuantConfig",
     "QuantizeResult",
+    "Target",
+    "__version__",
     "check_model",
     "make_plan",
     "quantize",
     "trade_off",
 ]
 
+# Where the names are that bring torch, ONNX Runtime or numpy: imported when they are asked for.
+_LATE = {
+    "Event": "records",
+    "Preprocess": "samples.preprocess",
+    "QuantizeResult": "report.result",
+    "check_model": "pipeline",
+    "make_plan": "pipeline",
+    "quantize": "pipeline",
+    "trade_off": "pipeline.trade_off",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline, and with it torch and ONNX Runtime, when it is first asked for."""
-    if name in ("QuantizeResult", "check_model", "make_plan", "quantize"):
-        from onnx_attnround import pipeline
-
-        return getattr(pipeline, name)
-    if name == "trade_off":
-        from onnx_attnround.pipeline.trade_off import trade_off
-
-        return trade_off
+    if name == "__version__":
+        return version()
+    if name in _LATE:
+        return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

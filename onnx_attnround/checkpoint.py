@@ -15,7 +15,6 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from onnx_attnround.graph import digest_of, model_digest, write_atomic
 from onnx_attnround.graph.scratch import scratch
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
+from onnx_attnround.version import version
 
 TAKEN = "  (from the work dir)"
 # Settings that change no result that is kept.
@@ -71,7 +71,7 @@ class Checkpoint:
         except OSError as error:
             raise OutputError(
                 f"cannot read '{path}': {error.strerror or error}; delete it, or give another "
-                "--work-dir"
+                "`work_dir`"
             ) from error
         if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
             return None
@@ -135,15 +135,8 @@ def _circumstances(config: QuantConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json", exclude=_FREE),
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
-        "libraries": [ort.__version__, *map(_version, _LIBRARIES)],
+        "libraries": [ort.__version__, *map(version, _LIBRARIES)],
     }
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _make(folder: Path) -> None:
@@ -155,7 +148,7 @@ def _make(folder: Path) -> None:
 
 def _unusable(folder: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"cannot write to work dir '{folder}': {error.strerror or error}; give another --work-dir"
+        f"cannot write to work dir '{folder}': {error.strerror or error}; give another `work_dir`"
     )
 
 

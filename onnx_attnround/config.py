@@ -1,14 +1,21 @@
-"""The user's choices, validated when they are made."""
+"""The user's choices, validated when they are made, and what each of them means.
+
+A key is described here alone: the options of the command line with their help, the
+JSON schema and ``docs/config.md`` follow from the fields of :class:`QuantConfig`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -16,51 +23,159 @@ from pydantic import (
     field_serializer,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from onnx_attnround.errors import ConfigError
-from onnx_attnround.targets import Target, WeightStorage, get_target, read_toml
+from onnx_attnround.targets import (
+    TARGETS,
+    BlockSize,
+    Target,
+    WeightStorage,
+    get_target,
+    read_toml,
+)
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+def _whole(value: object) -> object:
+    """A number that came as text, as from the command line, where only some are allowed."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
-class QuantConfig(BaseModel):
-    """What decides the bytes of the output, and how the run goes; the keys of a ``--config`` file.
 
-    Build it with keywords (``pydantic.ValidationError`` on a mistake) or with
-    :meth:`parse` (one-line ``ConfigError``).
+_WHOLE = BeforeValidator(_whole)
+
+SECTIONS = ("Samples", "Bits", "Method and target", "Run and result")
+_SAMPLES, _BITS, _METHOD, _RUN = SECTIONS
+
+
+class Settings(BaseModel):
+    """A frozen record of choices; a mistake is a ``ConfigError`` of one line, however it is made.
+
+    ``noun`` is what messages call one of the keys.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    noun: ClassVar[str] = "option"
 
-    target: str | Target = "ort"
-    weight_bits: Bits = 8
-    act_bits: Literal[2, 3, 4, 5, 6, 7, 8, 16, 32] = 8
-    mean_bits: Annotated[float, Field(ge=2, le=8)] | None = None
-    bit_choices: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
-    allocator: Literal["coding-length", "gram"] = "coding-length"
-    first_last_bits: Bits = 8
-    embedding_bits: Literal[4, 8, 32] = 8
-    layer_bits: dict[str, Bits] = Field(default_factory=dict)
-    method: Literal["attention", "adaround", "nearest"] = "attention"
-    reconstruct: Literal["layer", "block"] = "layer"
-    observer: Literal["minmax", "percentile", "entropy", "mse"] = "mse"
-    samples: Annotated[int, Field(ge=1)] = 1024
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    block_size: Literal[16, 32, 64, 128, 256] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    steps: Annotated[int, Field(ge=0)] = 50
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    weight_storage: WeightStorage | None = None
-    custom_op_library: tuple[str, ...] = ()
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: Annotated[int, Field(ge=1)] | None = None
-    activation_memory_mb: Annotated[int, Field(ge=1)] = 256
-    memory_limit: Annotated[int, Field(ge=1)] | None = None
-    work_dir: Path | None = None
-    min_sqnr: Finite | None = None
-    max_drop: Finite | None = None
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_first_mistake(error, type(self))) from error
+
+
+def _key(section: str, default: Any, description: str) -> Any:
+    """A key of the config; a factory of its default takes the place of a mutable one."""
+    given = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(**given, description=description, json_schema_extra={"section": section})
+
+
+class QuantConfig(Settings):
+    """What decides the bytes of the output, and how the run goes; the keys of a config file.
+
+    Build it with keywords, or with :meth:`parse` from a mapping. A mistake raises a
+    ``ConfigError`` of one line.
+    """
+
+    target: str | Target = _key(
+        _METHOD,
+        "ort",
+        f"The runtime to write for: {', '.join(TARGETS)}, or a TOML file that describes one",
+    )
+    weight_bits: Bits = _key(_BITS, 8, "Bits of the weights, 2 to 8")
+    act_bits: Annotated[Literal[2, 3, 4, 5, 6, 7, 8, 16, 32], _WHOLE] = _key(
+        _BITS, 8, "Bits of the activations, 32 leaves them in float"
+    )
+    mean_bits: Annotated[float, Field(ge=2, le=8)] | None = _key(
+        _BITS,
+        None,
+        "Mixed precision: mean bits per weight, each layer's chosen among `bit_choices`. "
+        "Several, as in 3,4,6: a file for each, the output's name with .w3 and so on, and what "
+        "they cost",
+    )
+    bit_choices: tuple[Bits, ...] = _key(
+        _BITS, (2, 3, 4, 5, 6, 8), "Bits that `mean_bits` chooses among"
+    )
+    allocator: Literal["coding-length", "gram"] = _key(
+        _BITS,
+        "coding-length",
+        "What `mean_bits` goes by: coding-length of the weights, or gram, errors measured on the "
+        "calibration samples",
+    )
+    first_last_bits: Bits = _key(
+        _BITS, 8, "Bits of the first and the last layers, at least `weight_bits` without "
+        "`mean_bits`",
+    )  # fmt: skip
+    embedding_bits: Annotated[Literal[4, 8, 32], _WHOLE] = _key(
+        _BITS,
+        8,
+        "Bits of tables that are looked up, such as embeddings: 8, with a scale for each row; 4, "
+        "with one for each 32 entries; 32 leaves them float",
+    )
+    layer_bits: dict[str, Bits] = _key(
+        _BITS, dict, "Bits of single layers, by the name of the node or a glob of names"
+    )
+    method: Literal["attention", "adaround", "nearest"] = _key(
+        _METHOD, "attention", "How weights are rounded"
+    )
+    reconstruct: Literal["layer", "block"] = _key(
+        _METHOD,
+        "layer",
+        "What is matched to the float model: each layer, or then each block of layers too, with "
+        "activations quantised in the loop, which takes some five times as long",
+    )
+    observer: Literal["minmax", "percentile", "entropy", "mse"] = _key(
+        _METHOD, "mse", "How activation ranges are found"
+    )
+    samples: Annotated[int, Field(ge=1)] = _key(_SAMPLES, 1024, "Calibration samples used at most")
+    batch_size: Annotated[int, Field(ge=1)] = _key(_SAMPLES, 32, "Samples run at a time")
+    block_size: Annotated[BlockSize | None, _WHOLE] = _key(
+        _BITS,
+        None,
+        "Weights only (`act_bits` 32): Gemm and MatMul get a scale for each run of so many "
+        "inputs, not one per channel",
+    )
+    seed: Annotated[int, Field(ge=0)] = _key(_RUN, 0, "Seed of all randomness")
+    steps: Annotated[int, Field(ge=0)] = _key(
+        _METHOD, 50, "Steps of the descent that learns how a layer is rounded"
+    )
+    include: tuple[str, ...] = _key(_METHOD, (), "Only nodes whose name fits one of these globs")
+    exclude: tuple[str, ...] = _key(_METHOD, (), "No nodes whose name fits one of these globs")
+    weight_storage: WeightStorage | None = _key(
+        _METHOD,
+        None,
+        "How weights of up to 4 bits are stored, by default as the target wants",
+    )
+    custom_op_library: tuple[str, ...] = _key(
+        _RUN, (), "Shared libraries with operators that the model uses"
+    )
+    device: Literal["cpu", "cuda"] = _key(
+        _RUN, "cpu", "Where layers are rounded: the CPU, or an NVIDIA GPU"
+    )
+    threads: Annotated[int, Field(ge=1)] | None = _key(
+        _RUN, None, "CPU threads, by default one for each core"
+    )
+    activation_memory_mb: Annotated[int, Field(ge=1)] = _key(
+        _RUN, 256, "Megabytes of activations kept in memory on the CPU; what is more waits on disk"
+    )
+    memory_limit: Annotated[int, Field(ge=1)] | None = _key(
+        _RUN,
+        None,
+        "Memory of the process, in bytes or such as 4GB: fewer samples at a time, more on disk",
+    )
+    work_dir: Path | None = _key(
+        _RUN,
+        None,
+        "Keep what is finished in this folder until the output is written: the same command then "
+        "goes on where it was cut off, to the same bytes. Runs may share it",
+    )
+    min_sqnr: Finite | None = _key(_RUN, None, "Gate: least SQNR of any output, in dB")
+    max_drop: Finite | None = _key(
+        _RUN,
+        None,
+        "Gate: most points of top-1 lost; without labels, points of disagreement with float",
+    )
 
     @field_validator("target")
     @classmethod
@@ -68,7 +183,7 @@ class QuantConfig(BaseModel):
         """The name of a target, or the content of the file that describes one."""
         try:
             target = get_target(value)
-        except ConfigError as error:
+        except ConfigError as error:  # which pydantic would let pass, without the name of the key
             raise ValueError(str(error)) from error
         return value if value == target.name else target
 
@@ -91,10 +206,10 @@ class QuantConfig(BaseModel):
     @classmethod
     def _sorted_choices(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         if not value:
-            raise ValueError("bit_choices is empty: give at least one width from 2 to 8")
+            raise ValueError("it is empty: give at least one width from 2 to 8")
         mean = info.data.get("mean_bits")
         if mean is not None and mean < min(value):
-            raise ValueError(f"no width is within mean_bits {mean:g}: give one, or raise mean_bits")
+            raise ValueError(f"no width is within `mean_bits` {mean:g}: give one, or raise it")
         return tuple(sorted(set(value)))
 
     def idle(self) -> list[str]:
@@ -102,9 +217,9 @@ class QuantConfig(BaseModel):
         budget = self.mean_bits is not None
         chosen = self.bit_choices if budget else (self.weight_bits,)
         idle = {
-            "weight_bits": (budget, "mean_bits decides the bits"),
-            "bit_choices": (not budget, "there is no mean_bits"),
-            "allocator": (not budget, "there is no mean_bits"),
+            "weight_bits": (budget, "`mean_bits` decides the bits"),
+            "bit_choices": (not budget, "there is no `mean_bits`"),
+            "allocator": (not budget, "there is no `mean_bits`"),
             "observer": (self.act_bits == 32, "activations stay float"),
             "activation_memory_mb": (self.device != "cpu", "a GPU keeps what it has room for"),
             "weight_storage": (
@@ -114,30 +229,93 @@ class QuantConfig(BaseModel):
         }
         defaults = {key: QuantConfig.model_fields[key].default for key in idle}
         return [
-            f"option '{key}' has no effect: {why}"
+            f"option `{key}` has no effect: {why}"
             for key, (is_idle, why) in idle.items()
             if is_idle and getattr(self, key) != defaults[key]
         ]
 
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> QuantConfig:
-        """Validate ``values``; raises ``ConfigError`` that names the first wrong key."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise ConfigError(_first_line(error)) from error
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """The settings that are not the default."""
+        for key, value in self:
+            if value != type(self).model_fields[key].get_default(call_default_factory=True):
+                yield key, value
 
     @classmethod
-    def of(cls, given: QuantConfig | Mapping[str, Any] | None) -> QuantConfig:
-        """A config as it is, one of the keys in a mapping, or the default; as :meth:`parse`."""
-        if isinstance(given, QuantConfig):
-            return given
-        if given is not None and not isinstance(given, Mapping):
+    def parse(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """The config with these keys; raises ``ConfigError`` that names the first wrong one."""
+        return cls(**{str(key): value for key, value in values.items()})
+
+    @classmethod
+    def of(cls, given: QuantConfig | Mapping[str, Any] | None, **settings: Any) -> QuantConfig:
+        """A config, one of the keys in a mapping, or the default; ``settings`` override its keys.
+
+        Raises as :meth:`parse`.
+        """
+        if given is not None and not isinstance(given, QuantConfig | Mapping):
             raise ConfigError(
                 f"the config is of type {type(given).__name__}, expected a QuantConfig or a "
                 "mapping of its keys"
             )
-        return cls.parse(given or {})
+        if isinstance(given, QuantConfig) and not settings:
+            return given
+        return cls.parse({**dict(given or {}), **settings})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A key of the config as people read of it.
+
+    ``kind`` is what a value is, ``choices`` are all values where there are few, and
+    ``default`` is in text, empty where there is none. A ``repeatable`` key holds any
+    number of values.
+    """
+
+    key: str
+    section: str
+    description: str
+    kind: str
+    choices: tuple[str, ...]
+    default: str
+    repeatable: bool
+
+
+def settings() -> Iterator[Setting]:
+    """The keys of the config, in the order of their sections."""
+    for section in SECTIONS:
+        for key, field in QuantConfig.model_fields.items():
+            if field.json_schema_extra == {"section": section}:
+                yield _setting(key, section, field)
+
+
+def _setting(key: str, section: str, field: FieldInfo) -> Setting:
+    leaf = _leaf(field.annotation)
+    origin, values = get_origin(leaf) or leaf, get_args(leaf)
+    default = field.get_default(call_default_factory=True)
+    return Setting(
+        key=key,
+        section=section,
+        description=field.description or "",
+        kind=_KINDS.get(type(values[0]) if origin is Literal else origin, "TEXT"),
+        choices=tuple(map(str, values)) if origin is Literal else (),
+        default=_text(default),
+        repeatable=origin is dict or (origin is tuple and str in values),
+    )
+
+
+def _text(default: object) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return "" if default in (None, {}) else str(default)
+
+
+_KINDS = {int: "INTEGER", float: "FLOAT", Path: "PATH", dict: "NAME=BITS"}
+
+
+def _leaf(annotation: Any) -> Any:
+    """The type of a value that is not ``None``: the first of several, without its bounds."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return _leaf(get_args(annotation)[0])
+    return annotation
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -145,11 +323,24 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_toml(path, "config")
 
 
-def _first_line(error: ValidationError) -> str:
+def _first_mistake(error: ValidationError, settings: type[Settings]) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key, *within = first["loc"] or ("",)
     if first["type"] == "extra_forbidden":
-        return f"unknown option '{key}': expected one of {', '.join(QuantConfig.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message.replace("a valid tuple", "a list")
-    return f"option '{key}': {message}, got {first['input']!r}"
+        known = ", ".join(settings.model_fields)
+        return f"unknown {settings.noun} `{key}`: expected one of {known}"
+    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+    if not key:
+        return message
+    place = "" if _is_union(settings, key) else "".join(map(_place, within))
+    return f"{settings.noun} `{key}`{place}: {message}, got {first['input']!r}"
+
+
+def _is_union(settings: type[Settings], key: object) -> bool:
+    """Whether the key takes several types, whose names pydantic then adds to the place."""
+    field = settings.model_fields.get(str(key))
+    return field is not None and get_origin(field.annotation) in (Union, UnionType)
+
+
+def _place(within: int | str) -> str:
+    return f", item {within + 1}" if isinstance(within, int) else f", '{within}'"

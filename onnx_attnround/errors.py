@@ -5,7 +5,7 @@
     ├── CalibrationError     samples are missing, unreadable or do not fit the model
     ├── ConfigError          an option is unknown or has an invalid value (exit code 2)
     ├── OutputError          the result cannot be written, or does not load and run
-    └── GateError            a gate (--min-sqnr, --max-drop) was missed (exit code 3)
+    └── GateError            a gate (``min_sqnr``, ``max_drop``) was missed (exit code 3)
 
 A message is one line that names the node, tensor or option, says what was
 found and what was expected, and ends with the remedy.

@@ -148,7 +148,7 @@ FAULTS = {
         late=True,
     ),
     "setting unknown": Fault(
-        "unknown option 'weight_bit'",
+        "unknown option `weight_bit`",
         write("a.toml", b"weight_bit = 4"),
         (*RUN, "--config", "a.toml"),
         code=2,

@@ -15,16 +15,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder, or a module beside the folders, imports only from those of a lower level.
 _NAMES = (
-    "errors",
+    "errors version",
     "targets",
     "records config",
     "ops graph samples",
     "qdq runtime",
     "simplify plan calibrate rounding shadow check",
     "checkpoint verify",
-    "reconstruct",
+    "reconstruct report",
     "pipeline",
-    "report __init__",
+    "__init__",
     "cli",
     "__main__",
 )

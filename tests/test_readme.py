@@ -16,7 +16,7 @@ from typer.main import get_command
 from onnx_attnround import QuantConfig
 from onnx_attnround.__main__ import main
 from onnx_attnround.calibrate import OBSERVERS
-from onnx_attnround.cli.options import app
+from onnx_attnround.cli.options import Request, app
 from onnx_attnround.samples.preprocess import PREPROCESS, Preprocess
 from onnx_attnround.targets import TARGETS, tomllib
 
@@ -63,13 +63,17 @@ def test_python_examples_run(example: str, models_dir: Path, tmp_path: Path) -> 
 
 
 def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[tuple[Any, QuantConfig]] = []
-    monkeypatch.setattr("onnx_attnround.cli.main.run", lambda *given: seen.append(given))
+    seen: list[QuantConfig] = []
+
+    def run(request: Request, from_file: dict[str, Any]) -> None:
+        seen.append(request.config(from_file)[0])
+
+    monkeypatch.setattr("onnx_attnround.cli.main.run", run)
     monkeypatch.chdir(tmp_path)
     for arguments in commands():
         assert main(arguments) == 0
     assert len(seen) >= 6
-    assert any(config.weight_bits == 4 and config.max_drop == 0.5 for _, config in seen)
+    assert any(config.weight_bits == 4 and config.max_drop == 0.5 for config in seen)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

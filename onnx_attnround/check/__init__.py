@@ -12,8 +12,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_attnround.check import openvino, openvino_session, ort, qnn, tensorrt
-from onnx_attnround.check.execution import find_faults, made_up_feed
-from onnx_attnround.check.fusion import UNPACKING_OP, Fusion, expected_fusion, find_fusion
+from onnx_attnround.check.execution import DOES_NOT_RUN, find_faults, made_up_feed
+from onnx_attnround.check.fusion import (
+    UNPACKING_OP,
+    Fusion,
+    expected_fusion,
+    find_fusion,
+    refused_fusion,
+)
 from onnx_attnround.check.rules import Finding, Rule, apply
 from onnx_attnround.check.versions import oldest_onnxruntime
 from onnx_attnround.check.view import View
@@ -39,7 +45,8 @@ class Checked:
 
     ``findings`` are the rules that it breaks, those that the runtime refuses
     first. ``oldest_onnxruntime`` is the oldest release known to load the file.
-    ``ran`` says whether the runtime ran it: TensorRT and QNN never do here.
+    ``ran`` says whether the runtime ran it: TensorRT and QNN never do here. No layer
+    runs in integer, by its ``fusion``, if it is refused and was not run.
     """
 
     target: str
@@ -57,6 +64,17 @@ class Checked:
     def refused(self) -> tuple[Finding, ...]:
         """The findings for which the runtime refuses the file, or computes something else."""
         return tuple(finding for finding in self.findings if finding.refused)
+
+    @property
+    def verdict(self) -> str:
+        """What is to be said of a file that is refused: the number of findings, and the first."""
+        refused = self.refused
+        rules, places = len({finding.rule for finding in refused}), len(refused)
+        return (
+            f"breaks {rules} rule{'s' * (rules > 1)} of target '{self.target}' in {places} "
+            f"place{'s' * (places > 1)}, first {refused[0].rule} at {refused[0].node}: "
+            f"{refused[0].why}"
+        )
 
 
 def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = None) -> Checked:
@@ -78,10 +96,13 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
     given = feed or made_up_feed(model)
     if runs and given is not None:
         findings += tuple(find_faults(view, given))
+    ran = runs and given is not None and all(finding.rule != DOES_NOT_RUN for finding in findings)
+    if not ran and any(finding.refused for finding in findings):
+        fusion = refused_fusion(fusion)
     return Checked(
         target=target.name,
         findings=tuple(sorted(findings, key=lambda finding: not finding.refused)),
         fusion=fusion,
         oldest_onnxruntime=oldest_onnxruntime(view),
-        ran=runs and given is not None,
+        ran=ran,
     )

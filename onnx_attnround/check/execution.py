@@ -27,6 +27,7 @@ ROUNDING = 1e-6  # relative: some roundings of float32, as fused sums differ fro
 RUNS = 3  # with the scales changed so
 FACTOR = 2.0  # between what these runs show and what is found: magnitudes, squared distances
 _WHOLE = "(model)"
+DOES_NOT_RUN = "does-not-run"
 
 Feed = Mapping[str, Array]
 
@@ -49,7 +50,7 @@ def find_faults(view: View, feed: Feed) -> Iterator[Finding]:
     try:
         found = _run_optimised(view, feed)
     except ModelError as error:
-        yield Finding(rule="does-not-run", node=_WHOLE, why=str(error), refused=True)
+        yield Finding(rule=DOES_NOT_RUN, node=_WHOLE, why=str(error), refused=True)
         return
     try:
         wanted = _run_ort(view, view.model, feed, optimise=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -73,6 +73,12 @@ def expected_fusion(view: View) -> Fusion:
         layer.name: layer.node.op_type for layer in view.layers if reason(view, layer) is None
     }
     return _fusion(view, view.target.runtime, kernels, measured=False)
+
+
+def refused_fusion(fusion: Fusion) -> Fusion:
+    """That of a file that does not run, so that no layer of it does."""
+    layers = {**dict.fromkeys(fusion.macs, "the file is refused"), **fusion.fallen}
+    return replace(fusion, measured=False, integer=(), weight_only={}, fallen=layers)
 
 
 def _fusion(view: View, runtime: str, kernels: Mapping[str, str], *, measured: bool) -> Fusion:

@@ -50,12 +50,14 @@ class Finding:
 
 
 def apply(rules: tuple[Rule, ...], view: View) -> tuple[Finding, ...]:
-    """All that the rules find, in their order."""
-    return tuple(
-        Finding(rule=rule.name, node=node, why=why, refused=rule.refused)
-        for rule in rules
-        for node, why in rule.find(view)
-    )
+    """All that the rules find, in their order: once for a tensor whose Q and DQ break the same."""
+    tensors = {link.name: link.tensor for link in view.links}
+    found: dict[object, Finding] = {}
+    for rule in rules:
+        for node, why in rule.find(view):
+            finding = Finding(rule=rule.name, node=node, why=why, refused=rule.refused)
+            found.setdefault((rule.name, tensors.get(node, node), why), finding)
+    return tuple(found.values())
 
 
 def opset_too_new(view: View) -> Found:

@@ -43,6 +43,14 @@ class Link:
         return self.node.name or ""
 
     @property
+    def tensor(self) -> ir.Value | None:
+        """What is quantised: the input of a Q, also for a DQ of its codes; else a DQ's input."""
+        data = self.node.inputs[0]
+        producer = None if self.node.op_type == QUANTISE or data is None else data.producer()
+        quantised = producer is not None and producer.op_type == QUANTISE
+        return producer.inputs[0] if producer is not None and quantised else data
+
+    @property
     def blocked(self) -> bool:
         """Whether there is a scale for each block of ``block_size``."""
         return self.block_size != 0

@@ -12,14 +12,15 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 
-from onnx_attnround.cli.options import app, configured
+from onnx_attnround.cli.options import Request, app
 from onnx_attnround.cli.run import run
+from onnx_attnround.cli.wording import worded
 from onnx_attnround.errors import AttnRoundError, ConfigError
 
 SIGNALLED = 128  # plus the signal's number, as shells have it
@@ -40,21 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{error.format_message()} (try --help)", ConfigError.exit_code)
     # After --help or --version there is an exit code, and nothing to run.
-    if not isinstance(parsed, tuple):
-        return int(parsed or 0)
-    options, given = parsed
-    return _exit_code(lambda: run(*configured(options, given)), verbose=options.verbose)
+    return _exit_code(parsed) if isinstance(parsed, Request) else int(parsed or 0)
 
 
-def _exit_code(work: Callable[[], None], *, verbose: bool) -> int:
-    """Do ``work``; word what it raises in one line, with a traceback if ``verbose``."""
+def _exit_code(request: Request) -> int:
+    """Do what is asked for; tell an error in one line, with a traceback if ``--verbose``."""
+    from_file: dict[str, Any] = {}
     try:
         with _signals_raise():
-            work()
+            from_file = request.from_file()
+            run(request, from_file)
     except (Exception, KeyboardInterrupt) as error:
-        message, code = _worded(error)
-        _fail(message, code)
-        if verbose:
+        message, code = _told(error)
+        _fail(worded(message, from_file), code)
+        if request.options.verbose:
             traceback.print_exc()
         return code
     return 0
@@ -94,7 +94,7 @@ def _handlers() -> dict[signal.Signals, Any]:
     return {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
 
-def _worded(error: BaseException) -> tuple[str, int]:
+def _told(error: BaseException) -> tuple[str, int]:
     """The message and the exit code of an error."""
     if isinstance(error, AttnRoundError):
         return str(error), error.exit_code

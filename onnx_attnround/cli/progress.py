@@ -5,23 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TextIO
 
 from rich import progress
-from rich.console import Console
+from rich.table import Column
+from rich.text import Text
 
 from onnx_attnround.records import Event
+from onnx_attnround.report.layout import console_on
 
 OnEvent = Callable[[Event], None]
-
-WIDTH = 160  # columns where the output is no terminal
-
-
-def console_on(file: TextIO) -> Console:
-    """A console that takes names of nodes and files as they are, brackets and colons included."""
-    width = None if file.isatty() else WIDTH
-    return Console(file=file, markup=False, emoji=False, highlight=False, width=width)
-
 
 def shown(*, quiet: bool, verbose: bool) -> AbstractContextManager[OnEvent]:
     """While the context is open, its function shows the events that it is given.
@@ -34,16 +26,33 @@ def shown(*, quiet: bool, verbose: bool) -> AbstractContextManager[OnEvent]:
     return _bars() if sys.stderr.isatty() else nullcontext(_lines(verbose=verbose))
 
 
+class _Detail(progress.TextColumn):
+    """Text on one line: the only column that gives way, since it alone may be wrapped."""
+
+    def render(self, task: progress.Task) -> Text:
+        """The text, which is cut where there is no room for it."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
+def _whole() -> Column:
+    return Column(no_wrap=True)
+
+
 @contextmanager
 def _bars() -> Iterator[OnEvent]:
-    """One bar per stage, with the time passed and left and the layer at hand."""
+    """One bar per stage, with the time passed and left and the layer at hand.
+
+    Where the terminal is too narrow for all, that of the layer is cut.
+    """
     columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(bar_width=20),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[detail]}", markup=False),
+        progress.TextColumn("{task.description}", markup=False, table_column=_whole()),
+        progress.BarColumn(bar_width=20, table_column=_whole()),
+        progress.MofNCompleteColumn(table_column=_whole()),
+        progress.TimeElapsedColumn(table_column=_whole()),
+        progress.TimeRemainingColumn(table_column=_whole()),
+        _Detail("{task.fields[detail]}", markup=False, table_column=Column()),
     )
     bars: dict[str, progress.TaskID] = {}
     with progress.Progress(*columns, console=console_on(sys.stderr)) as display:

@@ -1,4 +1,4 @@
-"""One run of the command line: what the options ask for is checked, done, told and reported.
+"""One run of the command line: what is asked for is checked, done, told and reported.
 
 What is slow to import is imported when it is needed.
 """
@@ -6,41 +6,44 @@ What is slow to import is imported when it is needed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnx_attnround.cli.options import Options, Request
+from onnx_attnround.cli.wording import worded
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, GateError, ModelError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from onnx_attnround.cli.progress import OnEvent
-    from onnx_attnround.pipeline import QuantizeResult
-    from onnx_attnround.pipeline.trade_off import Point
+    from onnx_attnround.report.result import Point, QuantizeResult
     from onnx_attnround.samples.preprocess import Preprocess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the user asked for, beside the config; ``mean_bits`` where there are several.
+class Job:
+    """What is to be done; ``mean_bits`` where there are several, of which the config has the first.
 
-    ``given`` names what the command line holds, options as ``--name``.
+    ``from_file`` are the settings of the config file, which messages name as that does.
     """
 
-    given: frozenset[str]
-    model: Path
-    output: Path | None
-    calib: Path | None
-    preprocess: str | None
-    evaluation: Path | None
-    config_file: Path | None
-    report: Path | None
-    dry_run: bool
-    check: bool
-    quiet: bool
-    verbose: bool
-    mean_bits: tuple[Any, ...] = ()
+    options: Options
+    config: QuantConfig
+    mean_bits: tuple[Any, ...]
+    from_file: Mapping[str, Any]
+
+    def show(self, found: RenderableType) -> None:
+        """Print what was found, with settings by their names on the command line."""
+        from onnx_attnround.report.layout import console_on
+
+        console = console_on(sys.stdout)
+        with console.capture() as printed:
+            console.print(found)
+        sys.stdout.write(worded(printed.get(), self.from_file))
 
 
 READ_BY_CHECK = frozenset(
@@ -49,22 +52,26 @@ READ_BY_CHECK = frozenset(
 )
 
 
-def run(options: Options, config: QuantConfig) -> None:
-    """Do what the options ask for; raises the errors of ``errors.py``."""
-    _check(options)
+def run(request: Request, from_file: Mapping[str, Any]) -> None:
+    """Do what is asked for, with the settings of a file; raises the errors of ``errors.py``."""
+    options = request.options
+    config, means = request.config(from_file)
+    job = Job(options=options, config=config, mean_bits=means, from_file=from_file)
+    _check(job, request.names)
     if options.check:
-        _check_model(options, config)
+        _check_model(job)
     elif options.dry_run:
-        _dry_run(options, config)
+        _dry_run(job)
     else:
-        _quantize(options, config)
+        _quantize(job)
 
 
-def _check(options: Options) -> None:
+def _check(job: Job, names: frozenset[str]) -> None:
     """Raise ``ConfigError`` for options that do not go together."""
+    options = job.options
     if options.check and (options.output is not None or options.dry_run):
         raise ConfigError("--check takes IN alone and writes nothing: leave out OUT and --dry-run")
-    if options.check and (unread := sorted(options.given - READ_BY_CHECK)):
+    if options.check and (unread := sorted(names - READ_BY_CHECK)):
         raise ConfigError(f"--check does not read {', '.join(unread)}: leave that out")
     if options.output is None and not (options.dry_run or options.check):
         raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
@@ -72,28 +79,20 @@ def _check(options: Options) -> None:
         raise ConfigError(f"--report '{options.report}': expected a file name that ends in .json")
     if options.quiet and options.verbose:
         raise ConfigError("--quiet and --verbose contradict each other: give one of them")
-    for output in _outputs(options):
+    for output in _outputs(job):
         _check_overwritten(options, output)
 
 
-def _means(options: Options) -> list[float]:
-    """The several mean bits; raises ``ConfigError`` for what is no number."""
-    try:
-        return [float(mean) for mean in options.mean_bits]
-    except (TypeError, ValueError) as error:
-        given = ",".join(map(str, options.mean_bits))
-        raise ConfigError(f"option 'mean_bits': expected numbers, got '{given}'") from error
-
-
-def _outputs(options: Options) -> list[Path]:
+def _outputs(job: Job) -> list[Path]:
     """The files that a run writes."""
-    if options.output is None:
+    output = job.options.output
+    if output is None:
         return []
-    if not options.mean_bits:
-        return [options.output]
-    from onnx_attnround.pipeline.trade_off import point_path
+    if not job.mean_bits:
+        return [output]
+    from onnx_attnround.pipeline.trade_off import point_path, with_means
 
-    return [point_path(options.output, mean) for mean in _means(options)]
+    return [point_path(output, each) for each in with_means(job.config, job.mean_bits)]
 
 
 def _check_overwritten(options: Options, output: Path) -> None:
@@ -101,7 +100,7 @@ def _check_overwritten(options: Options, output: Path) -> None:
     files = {
         "--calib": options.calib,
         "--eval": options.evaluation,
-        "--config": options.config_file,
+        "--config": options.config,
         "--report": options.report,
     }
     for name, file in files.items():
@@ -109,33 +108,40 @@ def _check_overwritten(options: Options, output: Path) -> None:
             raise ConfigError(f"OUT '{output}' is the file of {name}: choose another OUT")
 
 
-def _dry_run(options: Options, config: QuantConfig) -> None:
-    from onnx_attnround.cli.progress import console_on
+def _dry_run(job: Job) -> None:
+    """Print the plan; raise what the run would refuse, before it if that lies in the samples."""
+    from rich.console import Group
+
     from onnx_attnround.pipeline import make_plan
     from onnx_attnround.pipeline.trade_off import with_means
     from onnx_attnround.report.console import plan_tables
 
-    notes = _expected_notes(options, config)
-    for each in with_means(config, _means(options)) if options.mean_bits else [config]:
-        console_on(sys.stdout).print(plan_tables(*make_plan(options.model, each)))
-    for note in notes:
-        console_on(sys.stdout).print(f"note: {note}")
-
-
-def _expected_notes(options: Options, config: QuantConfig) -> list[str]:
-    """What a run would note at its start; samples that are given are judged as it would do."""
-    from onnx_attnround.pipeline import load
-    from onnx_attnround.pipeline.context import Run
-
-    config = config.model_copy(update={"work_dir": None})  # which load would make
-    run = Run(config, lambda event: None)
-    if options.calib is None and options.evaluation is None:
-        run.notes += config.idle()
-    else:
-        load(run, options.model, options.calib, options.evaluation, _preprocess(options))
+    options, config = job.options, job.config
+    given = options.calib is not None or options.evaluation is not None
+    notes = _foreseen(job) if given else config.idle()
     if options.report is not None:
-        run.notes.append("option 'report' has no effect: a dry run measures nothing")
-    return run.notes
+        notes.append("option `report` has no effect: a dry run measures nothing")
+    configs = with_means(config, job.mean_bits) if job.mean_bits else [config]
+    plans = [plan_tables(*make_plan(options.model, each)) for each in configs]
+    job.show(Group(*plans, *(f"note: {note}" for note in notes)))
+    if not given:  # the plan is that of a run with samples, which may come later
+        _foreseen(job)
+
+
+def _foreseen(job: Job) -> list[str]:
+    """What the run would note at its start; raises what it would refuse."""
+    from onnx_attnround.pipeline.foresee import foresee
+
+    options = job.options
+    return foresee(
+        options.model,
+        options.calib,
+        job.config,
+        outputs=_outputs(job),
+        evaluation=options.evaluation,
+        preprocess=_preprocess(options),
+        compared=bool(job.mean_bits),
+    )
 
 
 def _preprocess(options: Options) -> Preprocess | None:
@@ -144,74 +150,68 @@ def _preprocess(options: Options) -> Preprocess | None:
     return None if options.preprocess is None else load_preprocess(options.preprocess)
 
 
-def _check_model(options: Options, config: QuantConfig) -> None:
+def _check_model(job: Job) -> None:
     """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
-    from onnx_attnround.cli.progress import console_on
     from onnx_attnround.pipeline import check_model
     from onnx_attnround.report.console import check_console
     from onnx_attnround.report.document import write_check
 
-    checked = check_model(options.model, config, options.calib, preprocess=_preprocess(options))
+    options = job.options
+    preprocess = _preprocess(options)
+    checked = check_model(options.model, job.config, options.calib, preprocess=preprocess)
     if options.report is not None:
         write_check(options.report, checked)
     if not options.quiet:
-        console_on(sys.stdout).print(check_console(checked))
-    if number := len(checked.refused):
-        raise ModelError(
-            f"'{options.model}' breaks the rules of target '{checked.target}' {number} times, "
-            f"first at {checked.refused[0].node}: {checked.refused[0].why}"
-        )
+        job.show(check_console(checked))
+    if checked.refused:
+        raise ModelError(f"'{options.model}' {checked.verdict}")
 
 
-def _quantize(options: Options, config: QuantConfig) -> None:
+def _quantize(job: Job) -> None:
     """The run: quantise, print, write the report; a missed gate is reported all the same."""
     from onnx_attnround.cli.progress import shown
     from onnx_attnround.graph import check_output
 
+    options = job.options
     if options.report is not None:
         check_output(options.report)
-    work = _work(options, config)
+    work = _work(job)
     try:
         with shown(quiet=options.quiet, verbose=options.verbose) as on_event:
             made = work(on_event)
     except GateError as error:
         if (missed := getattr(error, "result", None)) is not None:
-            _tell(missed, options, config, output=None)
+            _tell(missed, job, output=None)
         raise
-    _tell(made, options, config, output=options.output)
+    _tell(made, job, output=options.output)
 
 
-def _work(
-    options: Options, config: QuantConfig
-) -> Callable[[OnEvent], QuantizeResult | tuple[Point, ...]]:
+def _work(job: Job) -> Callable[[OnEvent], QuantizeResult | tuple[Point, ...]]:
     """What to do: one model, or one for each of several mean bits."""
     from onnx_attnround.pipeline import quantize
     from onnx_attnround.pipeline.trade_off import trade_off
 
+    options = job.options
     rest: dict[str, Any] = {
         "output": options.output,
         "evaluation": options.evaluation,
         "preprocess": _preprocess(options),
     }
-    given = (options.model, options.calib, config)
-    if not options.mean_bits:
+    given = (options.model, options.calib, job.config)
+    if not job.mean_bits:
         return lambda on_event: quantize(*given, **rest, on_event=on_event)
-    means = _means(options)
+    means = job.mean_bits
     return lambda on_event: trade_off(*given, mean_bits=means, **rest, on_event=on_event)
 
 
 def _tell(
-    made: QuantizeResult | tuple[Point, ...],
-    options: Options,
-    config: QuantConfig,
-    *,
-    output: Path | None,
+    made: QuantizeResult | tuple[Point, ...], job: Job, *, output: Path | None
 ) -> None:
     """Write the report, and print what was found."""
-    from onnx_attnround.cli.progress import console_on
     from onnx_attnround.report.console import console, points_table
     from onnx_attnround.report.document import write_json, write_points
 
+    options = job.options
     if isinstance(made, tuple):
         table = points_table(made, verbose=options.verbose)
         if options.report is not None:
@@ -219,6 +219,6 @@ def _tell(
     else:
         table = console(made, output=output, verbose=options.verbose)
         if options.report is not None:
-            write_json(options.report, made, config)
+            write_json(options.report, made, job.config)
     if not options.quiet:
-        console_on(sys.stdout).print(table)
+        job.show(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from onnx_attnround.records import (
     QuantParams,
     QuantPlan,
 )
+from onnx_attnround.report.result import QuantizeResult
 from onnx_attnround.runtime.session import custom_ops, open_session
 from onnx_attnround.samples import Samples, open_samples
 from onnx_attnround.samples.preprocess import Preprocess
@@ -48,33 +48,18 @@ from onnx_attnround.verify import (
     slower_note,
     verify,
 )
+from onnx_attnround.version import version
 
 CHECKED_SAMPLES = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeResult:
-    """What a run made and measured.
-
-    ``roundings`` are keyed by node name; ``blocks`` is empty without block reconstruction.
-    """
-
-    model: ir.Model
-    plan: QuantPlan
-    allocation: BitAllocation
-    roundings: Mapping[str, LayerRounding]
-    blocks: tuple[BlockRounding, ...]
-    checked: Checked
-    verification: Verification | None
-    notes: tuple[str, ...]
-    seconds: Mapping[str, float]
-
-
 def make_plan(
-    model: Path | str | ir.Model, config: QuantConfig | Mapping[str, Any] | None = None
+    model: Path | str | ir.Model,
+    config: QuantConfig | Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[QuantPlan, BitAllocation]:
-    """What :func:`quantize` would quantise, and with how many bits; runs nothing."""
-    config = QuantConfig.of(config)
+    """What :func:`quantize` would quantise given samples, and with how many bits; runs nothing."""
+    config = QuantConfig.of(config, **settings)
     simplified, _ = simplify(_load(model))
     simplified, plan = _plan(simplified, config, quantise_activations=True)
     return plan, _allocate(simplified, plan, config, None)
@@ -86,27 +71,30 @@ def quantize(
     config: QuantConfig | Mapping[str, Any] | None = None,
     *,
     output: Path | str | None = None,
-    evaluation: Path | str | None = None,
+    evaluation: object = None,
     preprocess: Preprocess | str | None = None,
     on_event: OnEvent = lambda event: None,
+    **settings: Any,
 ) -> QuantizeResult:
     """Quantise a float model to standard QDQ, verify it, and write it to ``output``.
+
+    ``settings`` are keys of ``QuantConfig``, ``weight_bits=4`` for one; ``config`` may
+    hold them too, as a config or a mapping, and those given here override it.
 
     ``calibration`` is anything that ``samples.open_samples`` reads: a path, an
     array, a mapping of input names to arrays. Without it, ONNX
     ``test_data_set_*`` beside the model are used, if they hold 16 samples or more; else
-    only weights are quantised, to nearest. ``evaluation`` are samples to verify on, with
-    ``labels`` for top-1.
-    ``preprocess`` turns images into inputs: a name or a file, as for ``--preprocess``.
-    ``config`` may be a mapping of the keys of ``QuantConfig``.
+    only weights are quantised, to nearest. ``evaluation`` are samples to verify on, in
+    the same forms; an .npz or a mapping may hold ``labels`` for top-1.
+    ``preprocess`` turns images into inputs: a ``Preprocess``, the name of one, or a file.
 
     Raises an :class:`AttnRoundError` (``errors.py``) on any bad input; a missed
     gate raises ``GateError`` with the result as its ``result``, and leaves no file.
     """
-    config = QuantConfig.of(config)
+    config = QuantConfig.of(config, **settings)
     run = Run(config, on_event)
     if output is not None:
-        graph.check_output(Path(output), source_of(model))
+        graph.check_output(path_of(output), source_of(model))
     given = load(run, model, calibration, evaluation, preprocess)
     result = finish(run, prepare(run, given), output)
     run.checkpoint.remove()
@@ -119,13 +107,14 @@ def check_model(
     calibration: object = None,
     *,
     preprocess: Preprocess | str | None = None,
+    **settings: Any,
 ) -> Checked:
     """Check a quantised model of any origin against the rules of ``config.target``.
 
     It is run on the first samples of ``calibration``, if given; else on noise,
     where its shapes are known. Raises ``ModelError`` if the file cannot be read.
     """
-    config = QuantConfig.of(config)
+    config = QuantConfig.of(config, **settings)
     loaded = _load(model)
     with custom_ops(config.custom_op_library):
         feed = None
@@ -167,7 +156,7 @@ def load(
     run: Run,
     model: Path | str | ir.Model,
     calibration: object,
-    evaluation: Path | str | None,
+    evaluation: object,
     preprocess: Preprocess | str | None,
 ) -> Loaded:
     """Open model and samples, and judge whether they are what the config needs."""
@@ -188,7 +177,7 @@ def load(
         check_samples(run.config, samples, held_out)
         run.notes += run.config.idle()
         if samples is None and run.config.device != "cpu":
-            run.notes.append("option 'device' has no effect: there are no samples")
+            run.notes.append("option `device` has no effect: there are no samples")
     return Loaded(
         source=source, original=original, samples=samples, evaluation=held_out, labels=labels
     )
@@ -202,18 +191,26 @@ def prepare(run: Run, given: Loaded) -> Prepared:
             run.checkpoint = open_checkpoint(
                 run.config.work_dir, given.original, samples, run.config
             )
-    with run.stage("simplify"):
-        simplified, changes = simplify(given.original)
-        run.notes += changes
-    with run.stage("plan"):
-        simplified, plan = _plan(simplified, run.config, quantise_activations=samples is not None)
-        given = _within_limit(run, given, simplified, plan)
-        samples = given.samples
+    given, simplified, plan = planned(run, given)
+    samples = given.samples
     with run.stage("calibrate"):
         ranges = _calibrate(run, simplified, plan, samples)
         run.notes += left_out_note(ranges)
     errors = _measure(run, simplified, plan, samples)
     return Prepared(given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors)
+
+
+def planned(run: Run, given: Loaded) -> tuple[Loaded, ir.Model, QuantPlan]:
+    """The samples in batches that memory has room for, the simplified model, and its plan."""
+    with run.stage("simplify"):
+        simplified, changes = simplify(given.original)
+        run.notes += changes
+    with run.stage("plan"):
+        quantise_activations = given.samples is not None
+        simplified, plan = _plan(
+            simplified, run.config, quantise_activations=quantise_activations
+        )
+        return _within_limit(run, given, simplified, plan), simplified, plan
 
 
 def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeResult:
@@ -250,6 +247,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         verification=verification,
         notes=(*run.notes, *_taken(run)),
         seconds=run.seconds,
+        source=prepared.given.source,
     )
     _check_gates(result, config)
     if output is not None:
@@ -274,6 +272,13 @@ def source_of(model: Path | str | ir.Model) -> Path | None:
             "onnx_ir.from_proto makes one of an onnx.ModelProto"
         )
     return Path(model)
+
+
+def path_of(output: object) -> Path:
+    """The file to write; raises ``OutputError`` for what is no path."""
+    if not isinstance(output, str | PathLike):
+        raise OutputError(f"the output is of type {type(output).__name__}, expected a path")
+    return Path(output)
 
 
 def _load(model: Path | str | ir.Model) -> ir.Model:
@@ -447,12 +452,9 @@ def _check(model: ir.Model, plan: QuantPlan, samples: Samples | None) -> Checked
     """What the target's rules say of the output; raises ``OutputError`` if it is refused."""
     feed = None if samples is None else next(samples.batches(CHECKED_SAMPLES))
     checked = check(model, plan.target, feed)
-    if broken := checked.refused:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    if checked.refused:
         raise OutputError(
-            f"the output breaks a rule of target '{plan.target.name}': {broken[0].node}: "
-            f"{broken[0].why} [{broken[0].rule}]{more}; --exclude the node, or choose another "
-            "--target"
+            f"the output {checked.verdict}; `exclude` the node, or choose another `target`"
         )
     return checked
 
@@ -468,11 +470,7 @@ def _reference(run: Run, original: ir.Model, simplified: ir.Model) -> ir.Model:
 
 
 def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocation) -> None:
-    try:
-        version = metadata.version("onnx-attnround")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    model.metadata_props["onnx_attnround.version"] = version
+    model.metadata_props["onnx_attnround.version"] = version()
     model.metadata_props["onnx_attnround.config"] = config.model_dump_json(
         exclude={"custom_op_library", "work_dir", "memory_limit"}  # of the machine it was made on
     )

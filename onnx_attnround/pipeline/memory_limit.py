@@ -45,8 +45,8 @@ def within_limit(
     """
     if config.reconstruct == "block":
         raise ConfigError(
-            "option 'memory_limit': it does not hold for blocks; leave one of memory_limit and "
-            "reconstruct out"
+            "option `memory_limit`: it does not hold for blocks; leave one of `memory_limit` and "
+            "`reconstruct` out"
         )
     original, simplified = models
     count = None if samples is None else samples.count
@@ -56,7 +56,7 @@ def within_limit(
     least = int(SLACK * (fixed + 2 * fewest * sample))
     if limit < least:
         raise ConfigError(
-            f"option 'memory_limit': got {_told(limit)}, and this model needs about "
+            f"option `memory_limit`: got {_told(limit)}, and this model needs about "
             f"{_told(least)}, the libraries included: give more{_remedy(samples)}"
         )
     room = int(limit / SLACK) - fixed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -11,12 +13,13 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.plan.bits import measures
 from onnx_attnround.records import Array
-from onnx_attnround.samples import Samples, find_labels, open_samples
+from onnx_attnround.samples import Samples, find_labels, keys_of, open_samples
 from onnx_attnround.samples.preprocess import Preprocess
-from onnx_attnround.samples.streams import npz
 
 LEAST_BESIDE = 16
 """Samples beside a model that are used unasked: zoos put one there, whose ranges fit no other."""
+
+_T = TypeVar("_T")
 
 FEW_SAMPLES = 64
 """With half as many, calibration samples show 10 dB more SQNR than others of the sample models."""
@@ -46,7 +49,7 @@ def open_calibration(
     if samples is None:
         notes.append(
             "no calibration samples: weights are rounded to nearest, activations stay float; "
-            "give --calib for learned rounding and integer activations"
+            "give `calibration` for learned rounding and integer activations"
         )
         return None
     if samples.count < FEW_SAMPLES:
@@ -58,21 +61,32 @@ def open_calibration(
 
 
 def open_evaluation(
-    path: Path | str | None,
+    evaluation: object,
     model: ir.Model,
     preprocess: Preprocess | str | None,
     notes: list[str],
 ) -> tuple[Samples | None, Array | None]:
     """The samples to verify on and their labels, where there are any; a note of arrays unread."""
-    if path is None:
+    if evaluation is None:
         return None, None
     specs = graph.input_specs(model)
-    samples, labels = open_samples(path, specs, preprocess=preprocess), find_labels(Path(path))
-    if labels is None and Path(path).suffix == ".npz":
-        read = {"images", *(spec.name for spec in specs)}
-        if unread := [f"'{key}'" for key in npz(Path(path)) if key not in read]:
-            notes.append(f"no top-1: '{path}' has no 'labels'; not read: {', '.join(unread)}")
+    samples = open_samples(evaluation, specs, preprocess=preprocess)
+    labels = find_labels(evaluation)
+    read = {"images", *(spec.name for spec in specs)}
+    if labels is None and (unread := [f"'{k}'" for k in keys_of(evaluation) if k not in read]):
+        what = "evaluation" if isinstance(evaluation, Mapping) else f"'{evaluation}'"
+        notes.append(f"no top-1: {what} has no 'labels'; not read: {', '.join(unread)}")
     return samples, labels
+
+
+def comparable(measured: _T | None) -> _T:
+    """What several models are compared by; raises ``CalibrationError`` if there are no samples."""
+    if measured is None:
+        raise CalibrationError(
+            "several mean bits are compared, but there are no samples to compare them on: give "
+            "`calibration` or `evaluation`"
+        )
+    return measured
 
 
 def check_samples(config: QuantConfig, samples: Samples | None, held_out: Samples | None) -> None:
@@ -80,10 +94,11 @@ def check_samples(config: QuantConfig, samples: Samples | None, held_out: Sample
     gated = config.min_sqnr is not None or config.max_drop is not None
     if gated and samples is None and held_out is None:
         raise CalibrationError(
-            "a gate is set, but there are no samples to judge it on: give --calib or --eval"
+            "a gate is set, but there are no samples to judge it on: give `calibration` or "
+            "`evaluation`"
         )
     if samples is None and measures(config):
         raise CalibrationError(
             f"allocator '{config.allocator}' measures the layers, but there are no calibration "
-            "samples: give --calib, or choose --allocator coding-length"
+            "samples: give `calibration`, or choose `allocator` coding-length"
         )

@@ -6,58 +6,22 @@ what depends on the bits of the layers is done for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.errors import CalibrationError, ConfigError, GateError
+from onnx_attnround.errors import ConfigError, GateError
 from onnx_attnround.graph import check_output
-from onnx_attnround.pipeline import Prepared, QuantizeResult, finish, load, prepare, source_of
+from onnx_attnround.pipeline import Prepared, finish, load, prepare, source_of
 from onnx_attnround.pipeline.context import OnEvent, Run
+from onnx_attnround.pipeline.open_inputs import comparable
+from onnx_attnround.report.result import Point, QuantizeResult
 from onnx_attnround.samples.preprocess import Preprocess
-from onnx_attnround.verify import REMEDY, Verification, missed_gates
-
-_NO_SAMPLES = (
-    "several mean bits are compared, but there are no samples to compare them on: give --calib or "
-    "--eval"
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One of the models.
-
-    ``output`` is its file, ``None`` if none was asked for or a gate was missed;
-    ``missed`` names such gates. ``verification`` is that of the result.
-    ``on_front`` says that no other point is as small and as accurate, and better
-    in one of the two.
-    """
-
-    config: QuantConfig
-    result: QuantizeResult
-    verification: Verification
-    output: Path | None
-    missed: str
-    on_front: bool = False
-
-    @property
-    def size(self) -> int:
-        """Bytes of the model as a file."""
-        return self.verification.quantised_bytes
-
-    @property
-    def quality(self) -> float:
-        """Top-1 where there were labels, else SQNR of the worst output, else agreement."""
-        if self.verification.accuracy is not None:
-            return self.verification.accuracy.quantised_top1
-        worst = self.verification.worst_output
-        if worst is not None and worst.sqnr_db is not None:
-            return worst.sqnr_db
-        return min((output.agreement or 0.0 for output in self.verification.outputs), default=0.0)
+from onnx_attnround.verify import REMEDY, missed_gates
 
 
 def trade_off(
@@ -67,9 +31,10 @@ def trade_off(
     *,
     mean_bits: Sequence[float],
     output: Path | str | None = None,
-    evaluation: Path | str | None = None,
+    evaluation: object = None,
     preprocess: Preprocess | str | None = None,
     on_event: OnEvent = lambda event: None,
+    **settings: Any,
 ) -> tuple[Point, ...]:
     """Do what ``quantize`` does for each of ``mean_bits``, sharing what they have in common.
 
@@ -79,15 +44,14 @@ def trade_off(
     file, the others are made all the same; then ``GateError`` names the gates, with
     all points as its ``result``.
     """
-    configs = with_means(QuantConfig.of(config), mean_bits)
+    configs = with_means(QuantConfig.of(config, **settings), mean_bits)
     source = source_of(model)
-    outputs = [None if output is None else point_path(output, mean) for mean in mean_bits]
+    outputs = [None if output is None else point_path(output, each) for each in configs]
     for path in filter(None, outputs):
         check_output(path, source)
     shared = Run(configs[0], on_event)
     given = load(shared, model, calibration, evaluation, preprocess)
-    if given.judged_on is None:
-        raise CalibrationError(_NO_SAMPLES)
+    comparable(given.judged_on)
     prepared = prepare(shared, given)
     points = [
         _point(_run_of(shared, each), prepared, path)
@@ -99,10 +63,10 @@ def trade_off(
     return tuple(points)
 
 
-def point_path(output: Path | str, mean_bits: float) -> Path:
-    """The file of one point: ``out.onnx`` becomes ``out.w3.5.onnx``."""
+def point_path(output: Path | str, config: QuantConfig) -> Path:
+    """The file of one point: with mean bits of 3.5, ``out.onnx`` becomes ``out.w3.5.onnx``."""
     path = Path(output)
-    return path.with_name(f"{path.stem}.w{mean_bits:g}{path.suffix}")
+    return path.with_name(f"{path.stem}.w{config.mean_bits:g}{path.suffix}")
 
 
 def with_means(config: QuantConfig, mean_bits: Sequence[float]) -> list[QuantConfig]:
@@ -110,13 +74,16 @@ def with_means(config: QuantConfig, mean_bits: Sequence[float]) -> list[QuantCon
 
     Two that would have the same file name count as the same.
     """
-    names = [f"{mean:g}" for mean in mean_bits]
+    if isinstance(mean_bits, str) or not isinstance(mean_bits, Iterable):
+        raise ConfigError(f"option `mean_bits`: got {mean_bits!r}, expected a list of numbers")
+    configs = [QuantConfig.of(config, mean_bits=mean) for mean in mean_bits]
+    names = [f"{each.mean_bits:g}" for each in configs]
     for position, name in enumerate(names):
         if name in names[:position]:
-            raise ConfigError(f"option 'mean_bits': {name} is given twice: give each mean once")
+            raise ConfigError(f"option `mean_bits`: {name} is given twice: give each mean once")
     if not names:
-        raise ConfigError("option 'mean_bits': got no value, expected at least one")
-    return [QuantConfig.parse({**dict(config), "mean_bits": mean}) for mean in mean_bits]
+        raise ConfigError("option `mean_bits`: got no value, expected at least one")
+    return configs
 
 
 def _run_of(shared: Run, config: QuantConfig) -> Run:
@@ -138,8 +105,7 @@ def _point(run: Run, prepared: Prepared, output: Path | None) -> Point:
         if not isinstance(error.result, QuantizeResult):
             raise
         result, output = error.result, None
-    if (verification := result.verification) is None:
-        raise CalibrationError(_NO_SAMPLES)
+    verification = comparable(result.verification)
     return Point(
         config=run.config,
         result=result,

@@ -67,12 +67,12 @@ def _check_target(
     if target.placement == "everything" and not integer_activations:
         raise ConfigError(
             f"target '{target.name}' takes no float activations: give calibration samples "
-            "(--calib), and act_bits of 8 or 16"
+            "(`calibration`), and `act_bits` of 8 or 16"
         )
     if bits != 32 and bits not in target.activation_bits:
         known = ", ".join(map(str, sorted(target.activation_bits)))
         raise ConfigError(
-            f"option 'act_bits': target '{target.name}' takes {known} or 32 (float), got {bits}"
+            f"option `act_bits`: target '{target.name}' takes {known} or 32 (float), got {bits}"
         )
     if config.block_size is not None:
         check_blocks(config.block_size, target, integer_activations=integer_activations)
@@ -80,7 +80,7 @@ def _check_target(
     if storage is not None and storage not in storages:
         known = ", ".join(storages)
         raise ConfigError(
-            f"option 'weight_storage': target '{target.name}' takes {known}, got {storage}"
+            f"option `weight_storage`: target '{target.name}' takes {known}, got {storage}"
         )
     if unknown := sorted(target.weighted - WEIGHTED_OPS.keys()):
         raise ConfigError(
@@ -101,6 +101,6 @@ def _check_patterns(model: ir.Model, config: QuantConfig) -> None:
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
-                    f"option '{option}': pattern '{pattern}' matches no node; "
-                    "--dry-run lists the nodes"
+                    f"option `{option}`: pattern '{pattern}' matches no node; "
+                    "`make_plan` lists the nodes"
                 )

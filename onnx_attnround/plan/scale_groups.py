@@ -18,13 +18,14 @@ def check_blocks(size: int, target: Target, *, integer_activations: bool) -> Non
     """Raise ``ConfigError`` if ``target`` takes no blocks of ``size``, or needs float inputs."""
     if integer_activations:
         raise ConfigError(
-            "option 'block_size': activations are to be quantised, and integer layers take one "
-            "scale per channel; give act_bits 32, which leaves activations float, or no block_size"
+            "option `block_size`: activations are to be quantised, and integer layers take one "
+            "scale per channel; give `act_bits` 32, which leaves activations float, or no "
+            "`block_size`"
         )
     if size not in target.block_sizes:
         known = ", ".join(map(str, sorted(target.block_sizes))) or "no blocks"
         raise ConfigError(
-            f"option 'block_size': target '{target.name}' takes {known}, got {size}"
+            f"option `block_size`: target '{target.name}' takes {known}, got {size}"
         )
 
 

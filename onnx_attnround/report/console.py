@@ -6,18 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
-from onnx_attnround.verify import Latency, OutputComparison, Verification
-
-if TYPE_CHECKING:
-    from onnx_attnround.pipeline import QuantizeResult
-    from onnx_attnround.pipeline.trade_off import Point
+from onnx_attnround.report.layout import Rows
+from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
 
 _FEW = 5  # names that are listed before the rest is counted
 
@@ -49,15 +45,18 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
 
 def check_console(checked: Checked) -> RenderableType:
     """What ``--check`` prints: the findings, what runs in integer, and whether it is sound."""
-    table = _table("", "node", "rule", "because")
-    for found in checked.findings:
-        table.add_row("refused" if found.refused else "note", found.node, found.rule, found.why)
-    parts: list[RenderableType] = [table] if checked.findings else []
-    if checked.loads:
+    rows = [
+        (found.node, "refused" if found.refused else "note", found.rule, found.why)
+        for found in checked.findings
+    ]
+    parts: list[RenderableType] = [Rows(("node", "", "rule", "because"), rows)] if rows else []
+    if checked.refused and not checked.ran:
+        parts.append(f"no layer runs: target '{checked.target}' refuses the file")
+    else:
         parts += _fusion_lines(checked.fusion, {})
-    parts += _release_line(checked)
-    if checked.loads and not checked.ran:
-        parts.append("not run: the runtime is not here, or shapes are unknown (give --calib)")
+        parts += _release_line(checked)
+    if not checked.refused and not checked.ran:
+        parts.append("not run: the runtime is not here, or shapes are unknown (give `calibration`)")
     if not checked.findings:
         parts.append(f"no rule of target '{checked.target}' is broken")
     return Group(*parts)
@@ -69,16 +68,28 @@ def points_table(points: Sequence[Point], *, verbose: bool) -> RenderableType:
     ``verbose`` puts what a run of its own would print before it.
     """
     headers = "mean bits", "bytes", "SQNR", "agreement", "top-1", "speed"
-    table = _table(*(f">{name}" for name in headers), "front", "file")
     found = points[0].verification
     top1 = "" if found.accuracy is None else f"{found.accuracy.float_top1:.2%}"
-    table.add_row("float", f"{found.float_bytes:,}", "", "", top1, "", "", "")
-    for point in points:
-        table.add_row(*_point_cells(point))
+    plain = ["float", f"{found.float_bytes:,}", "", "", top1, "", "", ""]
+    table = Rows(
+        (*(f">{name}" for name in headers), "front", "file"),
+        [plain, *(_point_cells(point) for point in points)],
+    )
     runs = [
         console(point.result, output=point.output, verbose=True) for point in points if verbose
     ]
-    return Group(*runs, table, *(f"note: {note}" for note in points[0].result.notes))
+    return Group(*runs, table, *_notes_of_all(points))
+
+
+def _notes_of_all(points: Sequence[Point]) -> Iterable[str]:
+    """The notes of all points, each once, with the mean bits where not all have it."""
+    holders: dict[str, list[str]] = {}
+    for point in points:
+        for note in point.result.notes:
+            holders.setdefault(note, []).append(f"{point.config.mean_bits:g}")
+    for note, means in holders.items():
+        some = f" (mean bits {', '.join(means)})" if len(means) < len(points) else ""
+        yield f"note{some}: {note}"
 
 
 def _point_cells(point: Point) -> list[str]:
@@ -99,9 +110,10 @@ def _point_cells(point: Point) -> list[str]:
 
 def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
     """What ``--dry-run`` prints: the layers with their bits, and what stays float and why."""
-    layers = _table("layer", "op", *(f">{name}" for name in ("shape", "weights", "MACs", "bits")))
-    for layer in plan.layers:
-        layers.add_row(*_plan_cells(layer, allocation))
+    layers = Rows(
+        ("layer", "op", ">shape", ">weights", ">MACs", ">bits"),
+        [_plan_cells(layer, allocation) for layer in plan.layers],
+    )
     weights = sum(layer.parameters for layer in plan.layers)
     summary = (
         f"layers: {len(plan.layers)}, weights: {weights:,}, "
@@ -109,15 +121,8 @@ def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
         f"nodes left in float: {len(plan.skipped)}"
     )
     notes = [(plan.skipped, "stays in float"), (plan.unblocked, "no blocks of scales")]
-    tables = [_reasons(reasons, what) for reasons, what in notes if reasons]
+    tables = [Rows((what, "because"), list(why.items())) for why, what in notes if why]
     return Group(layers, *tables, summary)
-
-
-def _reasons(reasons: Mapping[str, str], what: str) -> Table:
-    table = _table(what, "because")
-    for node, reason in reasons.items():
-        table.add_row(node, reason)
-    return table
 
 
 def _mean_bits(plan: QuantPlan, allocation: BitAllocation) -> str:
@@ -129,27 +134,15 @@ def _mean_bits(plan: QuantPlan, allocation: BitAllocation) -> str:
 
 def _bits(result: QuantizeResult) -> str:
     """The bits of all layers in one line; those of scales too where blocks have their own."""
-    layers = result.plan.layers
-    bits = [result.allocation.bits[layer.node] for layer in layers]
-    sizes = [layer.parameters for layer in layers]
-    mean = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
-    counts = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits).items()))
+    layers, mean = result.plan.layers, result.bits_per_weight
+    bits = Counter(result.allocation.bits[layer.node] for layer in layers)
+    counts = ", ".join(f"{count} at {b}" for b, count in sorted(bits.items()))
     roundings = result.roundings.values()
     if any(rounding.spec.block_size for rounding in roundings):
-        scales = 32 * sum(rounding.scale.size for rounding in roundings) / sum(sizes)
+        weights = sum(layer.parameters for layer in layers)
+        scales = 32 * sum(rounding.scale.size for rounding in roundings) / weights
         counts = f"{counts}; {mean + scales:.2f} bits with the scales"
     return f"{mean:.2f} bits per weight; layers by bits: {counts}"
-
-
-def _table(*headers: str) -> Table:
-    """A plain table; columns whose header starts with ``>`` are right-aligned."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in headers:
-        right = header.startswith(">")
-        table.add_column(
-            header.removeprefix(">"), justify="right" if right else "left", overflow="fold"
-        )
-    return table
 
 
 def _plan_cells(layer: LayerPlan, allocation: BitAllocation) -> list[str]:
@@ -163,62 +156,69 @@ def _plan_cells(layer: LayerPlan, allocation: BitAllocation) -> list[str]:
     ]
 
 
-def _layer_table(result: QuantizeResult) -> Table:
-    numbers = ("shape", "weights", "MACs", "bits", "error nearest", "error final", "moved", "SQNR")
-    table = _table("layer", "op", *(f">{name}" for name in numbers))
-    for layer in result.plan.layers:
-        found = result.roundings.get(layer.node)
-        sqnr = result.verification and result.verification.layer_sqnr.get(layer.node)
-        table.add_row(
-            *_plan_cells(layer, result.allocation),
-            *(("", "", "") if found is None else (
-                f"{found.mse_nearest:.2e}", f"{found.mse_final:.2e}", f"{found.changed:.1%}"
-            )),
-            "" if sqnr is None else f"{sqnr:.1f} dB",
-        )  # fmt: skip
-    return table
+def _layer_table(result: QuantizeResult) -> Rows:
+    numbers = ("shape", "weights", "MACs", "bits", "nearest", "learned", "moved", "SQNR")
+    return Rows(
+        ("layer", "op", *(f">{name}" for name in numbers)),
+        [_layer_cells(result, layer) for layer in result.plan.layers],
+    )
 
 
-def _comparison(verification: Verification, *, elsewhere: bool) -> Table:
-    table = _table("", ">float", ">quantised", ">change")
-    if (accuracy := verification.accuracy) is not None:
-        table.add_row(
-            f"top-1 ({accuracy.samples} samples)",
-            f"{accuracy.float_top1:.2%}",
-            f"{accuracy.quantised_top1:.2%}",
-            f"{0.0 - accuracy.drop_points:+.2f} points",
-        )
+def _layer_cells(result: QuantizeResult, layer: LayerPlan) -> list[str]:
+    found = result.roundings.get(layer.node)
+    sqnr = result.verification and result.verification.layer_sqnr.get(layer.node)
+    return [
+        *_plan_cells(layer, result.allocation),
+        "" if found is None else f"{found.mse_nearest:.2e}",
+        "" if found is None else f"{found.mse_final:.2e}",
+        "" if found is None else f"{found.changed:.1%}",
+        "" if sqnr is None else f"{sqnr:.1f} dB",
+    ]
+
+
+def _comparison(verification: Verification, *, elsewhere: bool) -> Rows:
+    rows = [] if verification.accuracy is None else [_accuracy_cells(verification.accuracy)]
     for output in verification.outputs:
         kind = "samples" if verification.held_out else "calibration samples"
-        _add_output(table, output, f"{verification.samples} {kind}")
-    table.add_row(
+        rows += _output_cells(output, f"{verification.samples} {kind}")
+    rows.append([
         "size",
         _size(verification.float_bytes),
         _size(verification.quantised_bytes),
         _times(verification.float_bytes / verification.quantised_bytes),
-    )
-    _add_latency(table, verification.latency, " in ONNX Runtime here" if elsewhere else "")
-    return table
+    ])  # fmt: skip
+    where = " in ONNX Runtime here" if elsewhere else ""
+    rows.append(_latency_cells(verification.latency, where))
+    return Rows(("", ">float", ">quantised", ">change"), rows)
 
 
-def _add_output(table: Table, output: OutputComparison, samples: str) -> None:
+def _accuracy_cells(accuracy: Accuracy) -> list[str]:
+    return [
+        f"top-1 ({accuracy.samples} samples)",
+        f"{accuracy.float_top1:.2%}",
+        f"{accuracy.quantised_top1:.2%}",
+        f"{0.0 - accuracy.drop_points:+.2f} points",
+    ]
+
+
+def _output_cells(output: OutputComparison, samples: str) -> Iterable[list[str]]:
     if output.agreement is not None:
         kind = "values equal" if output.sqnr_db is None else "top-1 agrees"
-        table.add_row(f"{output.name}: {kind}", "", "", f"{output.agreement:.2%}")
+        yield [f"{output.name}: {kind}", "", "", f"{output.agreement:.2%}"]
     if output.sqnr_db is not None:
         sqnr = f"{output.sqnr_db:.2f} dB" if math.isfinite(output.sqnr_db) else "exact"
-        table.add_row(f"{output.name}: SQNR ({samples})", "", "", sqnr)
-    table.add_row(f"{output.name}: largest error", "", "", f"{output.max_abs_error:.3g}")
+        yield [f"{output.name}: SQNR ({samples})", "", "", sqnr]
+    yield [f"{output.name}: largest error", "", "", f"{output.max_abs_error:.3g}"]
 
 
-def _add_latency(table: Table, latency: Latency, where: str) -> None:
+def _latency_cells(latency: Latency, where: str) -> list[str]:
     low, high = latency.spread
-    table.add_row(
+    return [
         f"latency{where} (batch {latency.batch}, 1 thread)",
         f"{latency.float_ms:.2f} ms",
         f"{latency.quantised_ms:.2f} ms",
         f"{latency.speedup:.2f}x as fast ({low:.2f} to {high:.2f})",
-    )
+    ]
 
 
 def _size(count: int) -> str:

@@ -6,9 +6,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -17,11 +16,9 @@ from onnx_attnround.check import Checked
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import write_atomic
 from onnx_attnround.records import LayerPlan
+from onnx_attnround.report.result import Point, QuantizeResult
 from onnx_attnround.verify import Verification
-
-if TYPE_CHECKING:
-    from onnx_attnround.pipeline import QuantizeResult
-    from onnx_attnround.pipeline.trade_off import Point
+from onnx_attnround.version import version
 
 SCHEMA = 1
 """Raised when a key of the report changes its meaning or vanishes."""
@@ -89,10 +86,10 @@ def write_points(path: Path, points: Sequence[Point]) -> None:
 def versions() -> dict[str, str]:
     """Versions of the package and of the libraries that decide its results."""
     return {
-        "onnx_attnround": _version("onnx-attnround"),
+        "onnx_attnround": version(),
         "onnx": onnx.__version__,
         "onnxruntime": ort.__version__,
-        "torch": _version("torch"),
+        "torch": version("torch"),
     }
 
 
@@ -100,14 +97,6 @@ def write_check(path: Path, checked: Checked) -> None:
     """Write what a check found to ``path``, complete or not at all; raises ``OutputError``."""
     report = {"schema": SCHEMA, "versions": versions(), "check": _checked(checked)}
     _write(path, _finite(report))
-
-
-def _version(distribution: str) -> str:
-    """``unknown`` where the package runs from its sources, without being installed."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:

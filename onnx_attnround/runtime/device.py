@@ -33,13 +33,13 @@ def open_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         why = "sees no GPU" if torch.version.cuda else "is built for the CPU alone"
         raise ConfigError(
-            f"option 'device': got cuda, and PyTorch {torch.__version__} {why}; install PyTorch "
-            "for CUDA and the driver of the GPU, or take device cpu"
+            f"option `device`: got cuda, and PyTorch {torch.__version__} {why}; install PyTorch "
+            "for CUDA and the driver of the GPU, or take `device` cpu"
         )
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise ConfigError(
-            f"option 'device': got cuda, and ONNX Runtime {ort.__version__} is built without it; "
-            "install onnxruntime-gpu, or take device cpu"
+            f"option `device`: got cuda, and ONNX Runtime {ort.__version__} is built without it; "
+            "install onnxruntime-gpu, or take `device` cpu"
         )
     return torch.device(name, 0)
 

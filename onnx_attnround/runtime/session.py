@@ -130,7 +130,7 @@ def open_session(
         raise
     except Exception as error:  # protobuf and ONNX Runtime raise a dozen unrelated types here
         why = first_line(error)
-        remedy = "; name its library with --custom-op-library" if _UNKNOWN_OP in why else ""
+        remedy = "; name its library as `custom_op_library`" if _UNKNOWN_OP in why else ""
         raise ModelError(f"ONNX Runtime cannot load the model: {why}{remedy}") from error
 
 
@@ -141,9 +141,9 @@ def _session(
     session = ort.InferenceSession(source, options, providers=providers)
     if (wanted := providers[0][0]) not in session.get_providers():  # it falls back in silence
         raise ConfigError(
-            f"option 'device': got {device}, and ONNX Runtime {ort.__version__} cannot start its "
+            f"option `device`: got {device}, and ONNX Runtime {ort.__version__} cannot start its "
             f"{wanted}; install onnxruntime-gpu, with CUDA and cuDNN of the version that it is "
-            "built for, or take device cpu"
+            "built for, or take `device` cpu"
         )
     return session
 

@@ -19,10 +19,10 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, InputSpec
 from onnx_attnround.samples.matching import Part, part_of
 from onnx_attnround.samples.preprocess import Preprocess, load_preprocess
-from onnx_attnround.samples.sources import feeds_of
-from onnx_attnround.samples.streams import Feeds, length, listed, npz, rows_of
+from onnx_attnround.samples.sources import arrays_of, feeds_of
+from onnx_attnround.samples.streams import Feeds, length, listed, rows_of
 
-__all__ = ["Feeds", "Samples", "find_labels", "open_samples", "read_labels"]
+__all__ = ["Feeds", "Samples", "find_labels", "keys_of", "open_samples", "read_labels"]
 
 
 class Samples:
@@ -116,7 +116,7 @@ def open_samples(
     """
     if not inputs:
         raise CalibrationError("the model has no inputs: there is nothing to calibrate with")
-    chosen = load_preprocess(preprocess) if isinstance(preprocess, str) else preprocess
+    chosen = None if preprocess is None else load_preprocess(preprocess)
     feeds = feeds_of(source, inputs, chosen)
     return Samples(lambda: (part_of(feed, inputs, chosen) for feed in feeds()), limit)
 
@@ -126,26 +126,34 @@ def read_labels(path: str | Path) -> Array:
 
     Raises ``CalibrationError`` if there are none or they are not integers ``[n]``.
     """
-    label = f"{path}['labels']"
-    members = npz(Path(path))
-    if "labels" not in members:
+    if (labels := find_labels(Path(path))) is None:
         raise CalibrationError(
-            f"'{path}' has no 'labels', found {listed(members)}: add an integer array [n]"
+            f"'{path}' has no 'labels', found {listed(keys_of(Path(path)))}: add an integer array "
+            "[n]"
         )
+    return labels
+
+
+def find_labels(source: object) -> Array | None:
+    """The class labels, int64 ``[n]``, among the arrays of an .npz or a mapping.
+
+    ``None`` where it has none, or is of another form. Raises ``CalibrationError`` if they
+    are not integers ``[n]``.
+    """
+    if "labels" not in (members := arrays_of(source)):
+        return None
     stream = members["labels"]()
     if stream.dtype.kind not in "iu" or len(stream.shape) != 1:
         raise CalibrationError(
-            f"{label}: got {stream.dtype} {list(stream.shape)}, expected integers [n]: "
+            f"{stream.label}: got {stream.dtype} {list(stream.shape)}, expected integers [n]: "
             "save class indices"
         )
     return next(stream.blocks(None)).astype(np.int64)
 
 
-def find_labels(path: Path) -> Array | None:
-    """The labels in an .npz as of :func:`read_labels`; ``None`` where it has none, or otherwise."""
-    if path.suffix != ".npz" or "labels" not in npz(path):
-        return None
-    return read_labels(path)
+def keys_of(source: object) -> list[str]:
+    """The names of the arrays in an .npz or a mapping; none for other forms."""
+    return list(arrays_of(source))
 
 
 def _rechunk(blocks: Iterable[Feeds], size: int, *, drop_rest: bool) -> Iterator[Feeds]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from onnx_attnround.config import read_config
+from onnx_attnround.config import Settings, read_config
 from onnx_attnround.errors import CalibrationError, ConfigError
 from onnx_attnround.records import Array
 
@@ -24,8 +25,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Preprocess(BaseModel):
-    """How an image becomes one sample; the keys of a ``--preprocess`` file.
+class Preprocess(Settings):
+    """How an image becomes one sample; the keys of a preprocessing file.
 
     ``size``: the shorter side after resizing, or ``[height, width]``; ``None``
     keeps the size. ``crop``: a centred square, or ``[height, width]``. ``mean``
@@ -33,7 +34,7 @@ class Preprocess(BaseModel):
     on the scale that ``scale`` gives (0..1 by default).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    noun: ClassVar[str] = "key"
 
     size: Pixels | tuple[Pixels, Pixels] | None = None
     crop: Pixels | tuple[Pixels, Pixels] | None = None
@@ -147,23 +148,31 @@ PREPROCESS: dict[str, Preprocess] = {
 }
 
 
-def load_preprocess(name_or_path: str | Path) -> Preprocess:
-    """The preprocessing of that name, or the one that a TOML file describes.
+def load_preprocess(choice: Preprocess | str | PathLike[str]) -> Preprocess:
+    """The preprocessing as it is, that of a name, or the one that a TOML file describes.
 
     Raises ``ConfigError`` that lists the valid names, or the valid keys.
     """
-    if str(name_or_path) in PREPROCESS:
-        return PREPROCESS[str(name_or_path)]
-    path = Path(name_or_path)
+    if isinstance(choice, Preprocess):
+        return choice
+    if not isinstance(choice, str | PathLike):
+        raise ConfigError(
+            f"the preprocessing is of type {type(choice).__name__}, expected a Preprocess, the "
+            "name of one, or a TOML file"
+        )
+    if str(choice) in PREPROCESS:
+        return PREPROCESS[str(choice)]
+    path = Path(choice)
     if not path.is_file():
         raise ConfigError(
-            f"unknown preprocessing '{name_or_path}': expected one of {', '.join(PREPROCESS)}, "
+            f"unknown preprocessing '{choice}': expected one of {', '.join(PREPROCESS)}, "
             f"or a TOML file with keys among {', '.join(Preprocess.model_fields)}"
         )
+    keys = read_config(path)
     try:
-        return Preprocess(**read_config(path))
-    except ValidationError as error:
-        raise ConfigError(f"preprocessing '{path}': {_first_mistake(error)}") from error
+        return Preprocess.model_validate(keys)
+    except ConfigError as error:
+        raise ConfigError(f"preprocessing '{path}': {error}") from error
 
 
 def pixels(image: Image.Image, mode: str) -> Array:
@@ -187,12 +196,3 @@ def _tables(
     values = np.arange(256) * scale
     return tuple(((values - m) / s).astype(np.float32) for m, s in zip(means, stds, strict=True))
 
-
-def _first_mistake(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}': expected one of {', '.join(Preprocess.model_fields)}"
-    if not key:
-        return first["msg"]
-    return f"key '{key}': {first['msg']}, got {first['input']!r}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,17 @@ def feeds_of(
     source: object, specs: Sequence[InputSpec], preprocess: Preprocess | None
 ) -> Callable[[], Iterable[Feed]]:
     """A function that gives the feeds of ``source`` anew at each call."""
-    if isinstance(source, str | Path):
+    if isinstance(source, str | PathLike):
         return _feeds_of_path(Path(source), specs, preprocess)
     if isinstance(source, np.ndarray):
         feed = Feed(label="array", found=lambda: memory("array", source), as_is=False)
         return lambda: [feed]
     if isinstance(source, Mapping):
-        feed = _mapping("mapping", source, as_is=False)
+        feed = Feed(label="mapping", found=arrays_of(source), as_is=False)
         return lambda: [feed]
     if isinstance(source, Iterator) or not isinstance(source, Iterable):
         raise CalibrationError(
-            f"got calibration samples of type {type(source).__name__}, expected a path, an array, "
+            f"got samples of type {type(source).__name__}, expected a path, an array, "
             "a mapping of input names to arrays, or a list of such mappings: "
             "samples are read more than once, so wrap a generator in list()"
         )
@@ -69,15 +70,23 @@ def _item(index: int, item: object) -> Feed:
         raise CalibrationError(
             f"{label}: got {type(item).__name__}, expected a mapping of input names to arrays"
         )
-    return _mapping(label, item, as_is=True)
+    return Feed(label=label, found=_mapping(label, item), as_is=True)
 
 
-def _mapping(label: str, arrays: Mapping[str, Any], *, as_is: bool) -> Feed:
-    found = {
+def arrays_of(source: object) -> Found:
+    """The arrays of an .npz or a mapping by their names; none for other forms."""
+    if isinstance(source, Mapping):
+        return _mapping("mapping", source)
+    if isinstance(source, str | PathLike) and Path(source).suffix == ".npz":
+        return npz(Path(source))
+    return {}
+
+
+def _mapping(label: str, arrays: Mapping[str, Any]) -> Found:
+    return {
         str(key): partial(memory, f"{label}['{key}']", np.asarray(value))
         for key, value in arrays.items()
     }
-    return Feed(label=label, found=found, as_is=as_is)
 
 
 def _feeds_of_path(

@@ -66,13 +66,15 @@ def check_labels(labels: Array | None, evaluation: Samples | None, model: ir.Mod
     if labels is None:
         return
     if evaluation is None:
-        raise CalibrationError("labels without evaluation samples: give both in one file (--eval)")
+        raise CalibrationError(
+            "labels without evaluation samples: give both in one file (`evaluation`)"
+        )
     batch = next((spec.shape[0] for spec in input_specs(model) if spec.shape), None) or 1
     integers = labels.ndim == 1 and labels.dtype.kind in "iu"
     if not integers or not 0 <= len(labels) - evaluation.count < batch:
         raise CalibrationError(
             f"labels: got {labels.dtype} of shape {list(labels.shape)}, expected integers of shape "
-            f"[{evaluation.count}], one per evaluation sample; correct the --eval file"
+            f"[{evaluation.count}], one per evaluation sample; correct the `evaluation` file"
         )
 
 
@@ -119,7 +121,7 @@ class Sums:
                 raise OutputError(
                     f"tensor '{self.name}' of the quantised model: got {broken} NaN or infinite "
                     f"elements of {got.size}, expected finite as in the float model; "
-                    "--exclude the layers before it"
+                    "`exclude` the layers before it"
                 )
             expected, got = expected[finite], got[finite]
         reference = expected.astype(np.float64).ravel()
@@ -171,17 +173,17 @@ def _correct(outputs: Outputs, expected: Outputs, labels: Array) -> int:
     if name is None:
         raise CalibrationError(
             f"labels: no output of {', '.join(expected)} holds class scores "
-            "(float, rank 2, more than one column); give --eval without labels"
+            "(float, rank 2, more than one column); give `evaluation` without labels"
         )
     scores = outputs[name]
     if len(scores) != len(labels):
         raise CalibrationError(
             f"labels: output '{name}' has {len(scores)} rows for {len(labels)} samples, expected "
-            "one each; give --eval as a batch of samples, or without labels"
+            "one each; give `evaluation` as a batch of samples, or without labels"
         )
     if labels.size and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
         raise CalibrationError(
             f"labels: got values {labels.min()} to {labels.max()}, expected 0 to "
-            f"{scores.shape[1] - 1}, the columns of output '{name}'; correct the --eval file"
+            f"{scores.shape[1] - 1}, the columns of output '{name}'; correct the `evaluation` file"
         )
     return int(np.count_nonzero(scores.argmax(axis=1) == labels))

@@ -9,7 +9,7 @@ from onnx_attnround.errors import GateError
 from onnx_attnround.verify.results import Verification
 
 REMEDY = (
-    "allow more bits (--weight-bits, --act-bits, --mean-bits), give more calibration samples, or "
+    "allow more bits (`weight_bits`, `act_bits`, `mean_bits`), give more calibration samples, or "
     "move the gate"
 )
 
@@ -36,15 +36,15 @@ def _missed(verification: Verification, config: QuantConfig) -> Iterator[str]:
     worst, (drop, what) = verification.worst_output, _drop(verification)
     sqnr = None if worst is None else worst.sqnr_db
     if config.min_sqnr is not None and sqnr is None:
-        yield f"--min-sqnr {config.min_sqnr:g} cannot be judged, no output is float"
+        yield f"`min_sqnr` {config.min_sqnr:g} cannot be judged, no output is float"
     elif config.min_sqnr is not None and worst and sqnr is not None and sqnr < config.min_sqnr:
         yield (
-            f"SQNR of output '{worst.name}' is {sqnr:.2f} dB, below --min-sqnr {config.min_sqnr:g}"
+            f"SQNR of output '{worst.name}' is {sqnr:.2f} dB, below `min_sqnr` {config.min_sqnr:g}"
         )
     if config.max_drop is not None and drop is None:
-        yield f"--max-drop {config.max_drop:g} cannot be judged, no output holds class scores"
+        yield f"`max_drop` {config.max_drop:g} cannot be judged, no output holds class scores"
     elif config.max_drop is not None and drop is not None and drop > config.max_drop:
-        yield f"{what} is {drop:.2f} points, above --max-drop {config.max_drop:g}"
+        yield f"{what} is {drop:.2f} points, above `max_drop` {config.max_drop:g}"
 
 
 def _drop(verification: Verification) -> tuple[float | None, str]:

@@ -40,10 +40,10 @@ def slower_note(latency: Latency, fusion: Fusion) -> list[str]:
     """A note if a file for ONNX Runtime is slower there than the float model, beyond its spread."""
     if latency.spread[1] >= 1:
         return []
-    in_float = len(fusion.fallen) + len(fusion.weight_only)
+    total = len(fusion.macs)
     why = (
-        f"{in_float} of {len(fusion.macs)} layers compute in float"
-        if in_float
+        f"{len(fusion.integer)} of {total} layers run in integer"
+        if len(fusion.integer) < total
         else "its layers are too small to gain by integer kernels"
     )
     return [

@@ -28,7 +28,7 @@ def test_sizes(text: object, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["much", "4 apples", "GB", "-1GB", "1.2.3GB", 0])
 def test_what_is_no_size(text: object) -> None:
-    with pytest.raises(ConfigError, match="option 'memory_limit'"):
+    with pytest.raises(ConfigError, match="option `memory_limit`"):
         QuantConfig.parse({"memory_limit": text})
 
 

@@ -433,7 +433,7 @@ def test_what_is_wrong_is_found_before_any_slow_work(tmp_path: Path) -> None:
         (ModelError, "of type ModelProto, expected a path", {"model": onnx.ModelProto()}),
         (ModelError, "nothing to quantise", {"config": config(exclude=["*"])}),
         (ConfigError, "of type int", {"config": 4}),
-        (ConfigError, "unknown option 'bits'", {"config": {"bits": 4}}),
+        (ConfigError, "unknown option `bits`", {"config": {"bits": 4}}),
     ]
     for kind, words, changes in faults:
         events: list[Event] = []

@@ -212,7 +212,7 @@ def test_include_and_exclude(options: dict[str, Any], kept: list[str]) -> None:
     [{"include": ("stem", "top*")}, {"exclude": ("top*",)}, {"layer_bits": {"top*": 4}}],
 )
 def test_pattern_that_matches_no_node_is_an_error(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"pattern 'top\*' matches no node; --dry-run") as caught:
+    with pytest.raises(ConfigError, match=r"'top\*' matches no node; `make_plan`") as caught:
         plan_of(net(THREE), **options)
     assert next(iter(options)) in str(caught.value)
 

@@ -57,7 +57,7 @@ def test_some_targets_take_blocks_of_few_bits_only() -> None:
     [
         ({"block_size": 32, "target": "tensorrt"}, "'tensorrt' takes 64, 128, got 32"),
         ({"block_size": 64, "target": "tensorrt", "weight_storage": "int8"}, "int4, got int8"),
-        ({"block_size": 24}, "option 'block_size': .*16, 32, 64, 128 or 256, got 24"),
+        ({"block_size": 24}, "option `block_size`: .*16, 32, 64, 128 or 256, got 24"),
         ({"block_size": 512}, "got 512"),
     ],
 )
@@ -69,5 +69,5 @@ def test_what_a_target_does_not_take_is_refused(options: dict[str, Any], words: 
 @pytest.mark.parametrize("target", ["ort", "qnn"])
 def test_blocks_want_float_activations(target: str) -> None:
     config = QuantConfig(block_size=32, target=target)
-    with pytest.raises(ConfigError, match="activations are to be quantised.* give act_bits 32"):
+    with pytest.raises(ConfigError, match="activations are to be quantised.* give `act_bits` 32"):
         make_plan(build(NET), config, quantise_activations=True)

@@ -15,13 +15,13 @@ from rich.console import RenderableType
 from small_models import build
 
 from onnx_attnround.check import Checked, Finding, Fusion
-from onnx_attnround.cli.progress import console_on
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
 from onnx_attnround.pipeline import QuantizeResult
 from onnx_attnround.records import BitAllocation, LayerPlan, LayerRounding, QuantPlan, QuantSpec
 from onnx_attnround.report.console import check_console, console, plan_tables
 from onnx_attnround.report.document import report_dict, write_check, write_json
+from onnx_attnround.report.layout import console_on
 from onnx_attnround.targets import TARGETS
 from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
 
@@ -288,7 +288,7 @@ def test_the_console_tells_where_latency_was_measured(result: QuantizeResult) ->
 
 def test_the_check_is_printed_and_written(result: QuantizeResult, tmp_path: Path) -> None:
     printed = text(check_console(result.checked))
-    assert row(printed, "note") == ["head", "zero-point-missing", "write", "zeros"]
+    assert row(printed, "head") == ["note", "zero-point-missing", "write", "zeros"]
     assert "is broken" not in printed
     clean = replace(result.checked, findings=(), ran=False)
     printed = text(check_console(clean))

@@ -105,19 +105,19 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"option 'device': got cuda, and PyTorch .* device cpu"):
+    with pytest.raises(ConfigError, match=r"option `device`: got cuda, and PyTorch .* device cpu"):
         open_device("cuda")
     with pytest.raises(ConfigError, match="cannot start its CUDAExecutionProvider; install"):
         open_session(build("g (float[N] x) => (float[N] y) { y = Relu(x) }"), device="cuda")
     out = tmp_path / "out.onnx"
     arguments = [str(MODELS / "digits_resnet.onnx"), str(out), "--device", "cuda"]
     assert main(arguments) == 2
-    assert "error: option 'device': got cuda" in capsys.readouterr().err
+    assert "error: option `device`: got cuda" in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_an_unknown_device_is_one_clear_error() -> None:
-    with pytest.raises(ConfigError, match="option 'device': .* 'cpu' or 'cuda', got 'tpu'"):
+    with pytest.raises(ConfigError, match="option `device`: .* 'cpu' or 'cuda', got 'tpu'"):
         QuantConfig.parse({"device": "tpu"})
 
 
