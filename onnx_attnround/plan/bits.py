@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.plan.patterns import values_for
 from onnx_attnround.records import Array, BitAllocation, LayerErrors, LayerPlan
 
 DISTORTION = 0.25
@@ -71,7 +71,8 @@ def allocate(
     pinned are left out, and the mean is unknown.
     """
     lengths = {} if config.mean_bits is None else _lengths(layers, matrix)
-    bits = {layer.node: _pinned(layer, config) for layer in layers}
+    asked = values_for(config.layer_bits, [layer.node for layer in layers])
+    bits = {layer.node: _pinned(layer, config, asked) for layer in layers}
     free = [layer for layer in layers if bits[layer.node] is None]
     chosen = {layer.node: config.weight_bits for layer in free}
     if measures(config) and errors is None:
@@ -140,10 +141,9 @@ def _level(wanted: float, choices: Sequence[int]) -> int:
     return max(sum(choice <= wanted + 1e-9 for choice in choices) - 1, 0)
 
 
-def _pinned(layer: LayerPlan, config: QuantConfig) -> int | None:
-    for pattern, bits in config.layer_bits.items():
-        if fnmatchcase(layer.node, pattern):
-            return bits
+def _pinned(layer: LayerPlan, config: QuantConfig, asked: Mapping[str, int]) -> int | None:
+    if layer.node in asked:
+        return asked[layer.node]
     if not layer.first_or_last:
         return None
     uniform = config.mean_bits is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import onnx_ir as ir
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
 from onnx_attnround.ops import WEIGHTED_OPS, count_macs
+from onnx_attnround.plan.patterns import NodeChoice
 from onnx_attnround.records import LayerPlan, QuantSpec
 from onnx_attnround.targets import Target
 
@@ -22,14 +22,14 @@ def find_layers(
 ) -> tuple[list[LayerPlan], dict[str, str]]:
     """The layers, and for the other nodes with weights, by name, the reason why not."""
     layers, skipped = [], {}
-    main = set(model.graph)
+    main, choice = set(model.graph), NodeChoice.of(model, config)
     varying = _varying(model)
     for node in model.graph.all_nodes():
         if node.op_type not in WEIGHTED_OPS or not is_standard(node):
             if why := _unhandled(node):
                 skipped[name_of(node)] = why
             continue
-        reason = "inside a subgraph" if node not in main else _refusal(node, config)
+        reason = "inside a subgraph" if node not in main else _refusal(node, choice)
         if reason is None and node.inputs[0] not in varying:
             reason = "its input depends on no input of the model"
         if reason is None:
@@ -37,6 +37,12 @@ def find_layers(
         else:
             skipped[name_of(node)] = reason
     return layers, skipped
+
+
+def is_weighted(node: ir.Node) -> bool:
+    """Whether ``exclude`` keeps the weights of this node, and not its activations, in float."""
+    weight = node.inputs[1] if node.op_type in WEIGHTED_OPS and is_standard(node) else None
+    return weight is not None and weight.const_value is not None
 
 
 def _varying(model: ir.Model) -> set[ir.Value | None]:
@@ -70,13 +76,11 @@ def _unhandled(node: ir.Node) -> str | None:
     return None
 
 
-def _refusal(node: ir.Node, config: QuantConfig) -> str | None:
+def _refusal(node: ir.Node, choice: NodeChoice) -> str | None:
     """Why this weighted node is left in float, or ``None``."""
-    name, weight = name_of(node), node.inputs[1]
-    if config.include and not any(fnmatchcase(name, p) for p in config.include):
-        return "not matched by include"
-    if any(fnmatchcase(name, p) for p in config.exclude):
-        return "matched by exclude"
+    weight = node.inputs[1]
+    if (reason := choice.refusal(name_of(node))) is not None:
+        return reason
     tensor = None if weight is None else weight.const_value
     if weight is None or tensor is None:
         return _weightless(node)

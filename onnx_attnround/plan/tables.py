@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
 import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.plan.patterns import NodeChoice
 from onnx_attnround.records import TABLE_BLOCK
 from onnx_attnround.targets import Target
 
@@ -23,9 +22,9 @@ def find_tables(
     And the reason why not for the others.
     """
     bits, kept = {}, {}
-    main = set(model.graph)
+    main, choice = set(model.graph), NodeChoice.of(model, config)
     for node in (n for n in model.graph.all_nodes() if _looks_up(n)):
-        reason = _refusal(node, config, target) if node in main else "inside a subgraph"
+        reason = _refusal(node, config, target, choice) if node in main else "inside a subgraph"
         if reason is None:
             bits[node.name or ""] = _bits_of(node, config.embedding_bits)
         else:
@@ -39,14 +38,16 @@ def _looks_up(node: ir.Node) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) > 1
 
 
-def _refusal(node: ir.Node, config: QuantConfig, target: Target) -> str | None:
+def _refusal(
+    node: ir.Node, config: QuantConfig, target: Target, choice: NodeChoice
+) -> str | None:
     table = node.inputs[0]
     tensor = None if table is None else table.const_value
     if config.embedding_bits == 32 or not target.tables or table is None or tensor is None:
         return "its table is looked up, not multiplied: it stays float"
-    if (reason := _excluded(node.name or "", config)) is not None:
+    if (reason := choice.refusal(node.name or "")) is not None:
         return reason
-    return _unfit(tensor) or _shared(table, config)
+    return _unfit(tensor) or _shared(table, choice)
 
 
 def _unfit(tensor: ir.TensorProtocol) -> str | None:
@@ -58,23 +59,16 @@ def _unfit(tensor: ir.TensorProtocol) -> str | None:
     return None if np.isfinite(tensor.numpy()).all() else "its table holds NaN or Inf"
 
 
-def _shared(table: ir.Value, config: QuantConfig) -> str | None:
+def _shared(table: ir.Value, choice: NodeChoice) -> str | None:
     """Why other readers keep a table as it is: what they read would be stored twice."""
     readers = table.consumers()
     rows = all(_looks_up(n) and n.attributes.get_int("axis", 0) == 0 for n in readers)
     rows = rows and all(reader.graph is readers[0].graph for reader in readers)
     if not rows or table.is_graph_output():
         return "its table is read by other nodes too: it stays float"
-    if any(_excluded(reader.name or "", config) for reader in readers):
+    if any(choice.refusal(reader.name or "") for reader in readers):
         return "its table is read by an excluded node too: it stays float"
     return None
-
-
-def _excluded(name: str, config: QuantConfig) -> str | None:
-    """Which option leaves the node of that name out, if one does."""
-    if config.include and not any(fnmatchcase(name, p) for p in config.include):
-        return "not matched by include"
-    return "matched by exclude" if any(fnmatchcase(name, p) for p in config.exclude) else None
 
 
 def _bits_of(node: ir.Node, wanted: int) -> int:
