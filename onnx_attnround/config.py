@@ -36,6 +36,7 @@ from onnx_attnround.targets import (
 )
 
 Bits = Annotated[int, Field(ge=2, le=8)]
+ActBits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 def _whole(value: object) -> object:
@@ -84,7 +85,7 @@ class QuantConfig(Settings):
         f"The runtime to write for: {', '.join(TARGETS)}, or a TOML file that describes one",
     )
     weight_bits: Bits = _key(_BITS, 8, "Bits of the weights, 2 to 8")
-    act_bits: Annotated[Literal[2, 3, 4, 5, 6, 7, 8, 16, 32], _WHOLE] = _key(
+    act_bits: Annotated[ActBits, _WHOLE] = _key(
         _BITS, 8, "Bits of the activations, 32 leaves them in float"
     )
     mean_bits: Annotated[float, Field(ge=2, le=8)] | None = _key(
@@ -116,6 +117,12 @@ class QuantConfig(Settings):
     layer_bits: dict[str, Bits] = _key(
         _BITS, dict, "Bits of single layers, by the name of the node or a glob of names"
     )
+    activation_bits: dict[str, Annotated[ActBits, _WHOLE]] = _key(
+        _BITS,
+        dict,
+        "Bits of single activations, by the name of the tensor or a glob of names; 32 leaves them "
+        "float",
+    )
     method: Literal["attention", "adaround", "nearest"] = _key(
         _METHOD, "attention", "How weights are rounded"
     )
@@ -140,8 +147,12 @@ class QuantConfig(Settings):
     steps: Annotated[int, Field(ge=0)] = _key(
         _METHOD, 50, "Steps of the descent that learns how a layer is rounded"
     )
-    include: tuple[str, ...] = _key(_METHOD, (), "Only nodes whose name fits one of these globs")
-    exclude: tuple[str, ...] = _key(_METHOD, (), "No nodes whose name fits one of these globs")
+    include: tuple[str, ...] = _key(_METHOD, (), "Only layers of these names, or globs of names")
+    exclude: tuple[str, ...] = _key(
+        _METHOD,
+        (),
+        "Nodes to keep in float, by name or glob: the weights of layers, what others compute",
+    )
     weight_storage: WeightStorage | None = _key(
         _METHOD,
         None,
@@ -221,6 +232,10 @@ class QuantConfig(Settings):
             "bit_choices": (not budget, "there is no `mean_bits`"),
             "allocator": (not budget, "there is no `mean_bits`"),
             "observer": (self.act_bits == 32, "activations stay float"),
+            "activation_bits": (
+                self.act_bits == 32 and bool(self.activation_bits),
+                "activations stay float",
+            ),
             "activation_memory_mb": (self.device != "cpu", "a GPU keeps what it has room for"),
             "weight_storage": (
                 min(*chosen, self.first_last_bits, *self.layer_bits.values(), 8) > 4,

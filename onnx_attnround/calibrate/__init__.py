@@ -151,7 +151,7 @@ class _Watch:
         if self.elements and self.not_finite == self.elements:
             raise CalibrationError(
                 f"tensor '{self.name}' holds NaN or Inf alone on the calibration samples: "
-                "check the samples' preprocessing"
+                "check the samples' preprocessing, or give it 32 bits, float, in `activation_bits`"
             )
         return self.observer.range(spec)
 

@@ -45,8 +45,8 @@ def tensor_without_range(view: View) -> Found:
 
 def _only_quantised(view: View, value: ir.Value) -> bool:
     """Whether Q nodes alone read ``value``, itself or behind an activation that a Q absorbs."""
-    if value.is_graph_output():
-        return False
+    if value.is_graph_output() and not value.is_graph_input():
+        return False  # an input that is handed on is the caller's own
     if view.quantised(value) is not None:
         return True
     return all(reader.op_type == QUANTISE for reader in value.consumers())

@@ -150,13 +150,16 @@ def _value(key: str, text: str | list[str]) -> Any:
     """The value of a key, as a config file has it but for numbers, which stay text."""
     if isinstance(text, str):
         return text.split(",") if key in ("bit_choices", "mean_bits") else text
-    return dict(map(_named_bits, text)) if key == "layer_bits" else text
+    return dict(_named_bits(key, each) for each in text) if key in _NAMED else text
 
 
-def _named_bits(text: str) -> tuple[str, str]:
+_NAMED = ("layer_bits", "activation_bits")
+
+
+def _named_bits(key: str, text: str) -> tuple[str, str]:
     name, equals, bits = text.rpartition("=")
     if not equals:
-        raise ConfigError(f"option `layer_bits`: got '{text}', expected NAME=BITS")
+        raise ConfigError(f"option `{key}`: got '{text}', expected NAME=BITS")
     return name, bits
 
 

@@ -453,10 +453,20 @@ def _check(model: ir.Model, plan: QuantPlan, samples: Samples | None) -> Checked
     feed = None if samples is None else next(samples.batches(CHECKED_SAMPLES))
     checked = check(model, plan.target, feed)
     if checked.refused:
-        raise OutputError(
-            f"the output {checked.verdict}; `exclude` the node, or choose another `target`"
-        )
+        advice = _advice(checked.refused[0].node, plan)
+        raise OutputError(f"the output {checked.verdict}; {advice}")
     return checked
+
+
+def _advice(node: str, plan: QuantPlan) -> str:
+    """What helps where a finding names ``node``, which may be one that the writer added."""
+    other = "choose another `target`"
+    tensor = node.removesuffix("/quantize").removesuffix("/dequantize")
+    if plan.target.placement == "everything" and node not in {one.node for one in plan.layers}:
+        return other
+    if tensor != node and tensor in plan.activations:
+        return f"give '{tensor}' 32 bits, float, in `activation_bits`, or {other}"
+    return f"`exclude` that node, or {other}"
 
 
 def _reference(run: Run, original: ir.Model, simplified: ir.Model) -> ir.Model:

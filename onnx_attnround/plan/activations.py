@@ -10,9 +10,13 @@ import onnx_ir as ir
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import is_read_once
 from onnx_attnround.ops import clip_bounds
-from onnx_attnround.plan.layers import is_standard, name_of
+from onnx_attnround.plan.layers import is_standard, is_weighted, name_of
+from onnx_attnround.plan.patterns import NodeChoice, tensor_names, values_for
 from onnx_attnround.records import LayerPlan, QuantSpec
 from onnx_attnround.targets import Target
+
+FLOAT_BITS = 32
+"""Of an activation that stays float."""
 
 
 @dataclass
@@ -27,6 +31,19 @@ class Activations:
     same_range: dict[str, str] = field(default_factory=dict)
     integer: set[str] = field(default_factory=set)  # names of nodes that run in integer
     joins: set[str] = field(default_factory=set)  # of Adds that join an integer layer and codes
+
+    def __post_init__(self) -> None:
+        excluded = NodeChoice.of(self.model, self.config).excluded
+        self.kept = {
+            name_of(node)
+            for node in self.model.graph
+            if (name_of(node) in excluded and not is_weighted(node))
+            or _lacks_kernel(node)
+        }
+        """Nodes that compute in float, from floats where that can be."""
+        self.asked: dict[str, int] = values_for(
+            self.config.activation_bits, tensor_names(self.model)
+        )
 
     def find(self) -> tuple[dict[str, QuantSpec], dict[str, str], dict[str, frozenset[str]]]:
         """The spec of each tensor, the tensor whose range it takes over, and who shares it.
@@ -47,15 +64,20 @@ class Activations:
         return {name: self._spec(name) for name in self.chosen}, self.same_range, self._shared()
 
     def _add_layer(self, node: ir.Node) -> None:
+        x, y = node.inputs[0], self._absorbed(node.outputs[0])
+        writes_codes = node.op_type not in self.target.float_output
+        if x is None or self._stays_float(x) or (writes_codes and not self._takes_codes(y)):
+            return  # one end is float, so that codes at the other gain nothing
         self.integer.add(name_of(node))
-        if node.inputs[0] is not None:
-            self._choose(node.inputs[0])
-        if node.op_type not in self.target.float_output:
-            self._choose(self._absorbed(node.outputs[0]))
+        self._choose(x)
+        if writes_codes:
+            self._choose(y)
 
     def _add_regions(self, nodes: list[ir.Node]) -> None:
         """What lies between integer layers: arithmetic and movement of quantised tensors."""
         for node in nodes:
+            if name_of(node) in self.kept:
+                continue
             if node.op_type in self.target.arithmetic:
                 self._add_arithmetic(node)
             elif node.op_type in self.target.movement:
@@ -65,7 +87,7 @@ class Activations:
     def _add_arithmetic(self, node: ir.Node) -> None:
         output = self._absorbed(node.outputs[0])
         joins = all(v is not None and v.name in self.chosen for v in node.inputs)
-        if joins and not output.is_graph_output():
+        if joins and not output.is_graph_output() and self._takes_codes(output):
             self.integer.add(name_of(node))
             self._choose(output)
 
@@ -73,14 +95,16 @@ class Activations:
         x = node.inputs[0]
         if x is None or x.name not in self.chosen or not _moves_codes(node):
             return
+        bits = self._asked(self.chosen[self._root(x.name or "")]) or self.config.act_bits
         for y in _moved(node):
-            self._choose(y)
-            self.same_range[y.name or ""] = x.name or ""
+            if self._asked(y) in (None, bits) and self._takes_codes(y):
+                self._choose(y)
+                self.same_range[y.name or ""] = x.name or ""
 
     def _add_shortcuts(self, nodes: list[ir.Node]) -> None:
         """What is added to the output of a layer, which itself stays float to be fused."""
         for node in nodes:
-            if node.op_type != "Add":
+            if node.op_type != "Add" or name_of(node) in self.kept:
                 continue
             terms = [v for v in node.inputs if v is not None and v.const_value is None]
             straight = [value for value in terms if self._is_fused(value)]
@@ -114,7 +138,26 @@ class Activations:
             self._choose(value)
 
     def _choose(self, value: ir.Value) -> None:
-        self.chosen.setdefault(value.name or "", value)
+        if not self._stays_float(value):
+            self.chosen.setdefault(value.name or "", value)
+
+    def _asked(self, value: ir.Value) -> int | None:
+        """The bits that ``activation_bits`` has for the tensor, or for what is parted from it."""
+        producer = value.producer()
+        bits = self.asked.get(value.name or "")
+        if bits is None and producer is not None and producer.op_type == "Identity":
+            source = producer.inputs[0]
+            return None if source is None else self._asked(source)
+        return bits
+
+    def _stays_float(self, value: ir.Value) -> bool:
+        """Whether the tensor is to have no codes."""
+        return self._asked(value) == FLOAT_BITS
+
+    def _takes_codes(self, value: ir.Value) -> bool:
+        """Whether what makes ``value`` may write codes: no node reads it that is kept in float."""
+        readers = {name_of(node) for node in value.consumers()}
+        return not self._stays_float(value) and self.kept.isdisjoint(readers)
 
     def _absorbed(self, value: ir.Value) -> ir.Value:
         """The tensor that carries the Q: behind an activation that the Q absorbs."""
@@ -122,6 +165,7 @@ class Activations:
         if len(consumers) == 1 and not value.is_graph_output():
             node = consumers[0]
             known = node.op_type in self.target.absorbed and is_standard(node)
+            known = known and name_of(node) not in self.kept
             if known and node.graph is self.model.graph and _starts_at_zero(node):
                 return node.outputs[0]
         return value
@@ -181,8 +225,9 @@ class Activations:
     def _spec(self, name: str) -> QuantSpec:
         """The spec of a tensor.
 
-        What layers read has the bits asked for, or those of first and last layers;
-        a tensor that is only added or pooled costs nothing at 8 bits and has no fewer.
+        It has those of ``activation_bits``, if any. Else what layers read has the bits asked
+        for, or those of first and last layers; a tensor that is only added or pooled costs
+        nothing at 8 bits and has no fewer.
         """
         readers = [layer for layer in self.layers if self._root(layer.x) == self._root(name)]
         bits: list[int] = [self.config.act_bits]
@@ -190,6 +235,8 @@ class Activations:
             bits.append(8)
         if any(layer.first_or_last for layer in readers):
             bits.append(self.config.first_last_bits)
+        if (asked := self._asked(self.chosen[self._root(name)])) is not None:
+            bits = [asked]
         producer = self.chosen[name].producer()
         fixed = producer is not None and producer.op_type in self.target.unit_range
         return QuantSpec(
@@ -204,6 +251,23 @@ class Activations:
         while name in self.same_range:
             name = self.same_range[name]
         return name
+
+
+def is_dilated_pool(node: ir.Node) -> bool:
+    """Whether this is an AveragePool with dilations, which no integer kernel has."""
+    dilations = node.attributes.get_ints("dilations", ()) if node.op_type == "AveragePool" else ()
+    return is_standard(node) and any(step != 1 for step in dilations)
+
+
+def _lacks_kernel(node: ir.Node) -> bool:
+    """Whether the integer kernel that ONNX Runtime fuses Q and DQ to fails, or does not the same.
+
+    Its AveragePool divides by the whole kernel where windows hang over the padding.
+    """
+    over = (node.attributes.get_int(name, 0) for name in ("ceil_mode", "count_include_pad"))
+    return is_dilated_pool(node) or (
+        node.op_type == "AveragePool" and is_standard(node) and all(over)
+    )
 
 
 def _unit_range(op_type: str, bits: int) -> tuple[float, float]:

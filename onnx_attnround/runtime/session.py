@@ -23,6 +23,7 @@ _FILES_BELOW = "session.model_external_initializers_file_folder_path"
 _OPTIMISED_FILE = "session.optimized_model_external_initializers_file_name"
 _FATAL = 4  # errors come as exceptions, so the log need not tell them too
 _UNKNOWN_OP = "is not a registered function/op"  # in the words of ONNX Runtime
+_FUSED = re.compile(r'In Node, \("[^"]*", (QLinear\w+|QGemm|\w*Integer\w*|MatMulNBits),')
 ort.set_default_logger_severity(_FATAL)
 
 _CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
@@ -130,8 +131,16 @@ def open_session(
         raise
     except Exception as error:  # protobuf and ONNX Runtime raise a dozen unrelated types here
         why = first_line(error)
-        remedy = "; name its library as `custom_op_library`" if _UNKNOWN_OP in why else ""
-        raise ModelError(f"ONNX Runtime cannot load the model: {why}{remedy}") from error
+        raise ModelError(f"ONNX Runtime cannot load the model: {why}{_remedy(why)}") from error
+
+
+def _remedy(why: str) -> str:
+    """What helps against some reasons why ONNX Runtime does not load a model."""
+    if _UNKNOWN_OP in why:
+        return "; name its library as `custom_op_library`"
+    if _FUSED.search(why):
+        return "; `exclude` that node, or choose another `target`"
+    return ""
 
 
 def _session(

@@ -22,6 +22,7 @@ from onnx_attnround.simplify.layer_bias import give_own_bias
 from onnx_attnround.simplify.matmul_bias import fold_matmul_bias
 from onnx_attnround.simplify.onnxsim_pass import run_onnxsim
 from onnx_attnround.simplify.tidy import (
+    drop_defaults,
     drop_identities,
     drop_stale_shapes,
     drop_unused,
@@ -43,6 +44,7 @@ _PREPARE: dict[str, Callable[[ir.Model], int]] = {
 _PASSES: dict[str, Callable[[ir.Model], int]] = {
     "lift-constants": lift_constants,
     "drop-identities": drop_identities,
+    "drop-defaults": drop_defaults,
     "fold-matmul-bias": fold_matmul_bias,
     "fold-gemm-scale": fold_gemm_scale,
     "fold-batch-norm": fold_batch_norm,

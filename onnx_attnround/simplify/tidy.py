@@ -93,6 +93,18 @@ def drop_identities(model: ir.Model) -> int:
     return dropped
 
 
+def drop_defaults(model: ir.Model) -> int:
+    """Dilations of 1 go from an AveragePool: ONNX Runtime's integer kernel knows no dilations."""
+    dropped = 0
+    for node in model.graph.all_nodes():
+        if node.op_type == "AveragePool" and node.domain in ("", "ai.onnx"):
+            dilations = node.attributes.get_ints("dilations", ())
+            if dilations and all(step == 1 for step in dilations):
+                node.attributes.pop("dilations")
+                dropped += 1
+    return dropped
+
+
 def drop_unused(model: ir.Model) -> int:
     """Nodes and initializers that no output needs are removed."""
     return _removed(model, common.RemoveUnusedNodesPass())

@@ -51,7 +51,7 @@ def sample_count(feed: Feed) -> int:
 
 def _open(model: ir.Model, kind: str, error: type[AttnRoundError], **options: Any) -> Run:
     """A function from feeds to outputs by name, whose failures are worded as ``error``."""
-    remedy = "; `exclude` the layers around that node" if error is OutputError else ""
+    remedy = "; `exclude` that node, or the layers around it" if error is OutputError else ""
     try:
         session = open_session(model, **options)
     except ModelError as cause:
