@@ -35,7 +35,8 @@ from onnx_attnround.version import version
 
 TAKEN = "  (from the work dir)"
 # Settings that change no result that is kept.
-_FREE = {"work_dir", "min_sqnr", "max_drop", "activation_memory_mb", "weight_storage"}
+_FREE = {"work_dir", "min_sqnr", "max_drop", "strict"}
+_FREE |= {"activation_memory_mb", "weight_storage", "holdout"}
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxsim", "torch")
 _RECORDS = {
     kind.__name__: kind

@@ -136,6 +136,13 @@ class QuantConfig(Settings):
         _METHOD, "mse", "How activation ranges are found"
     )
     samples: Annotated[int, Field(ge=1)] = _key(_SAMPLES, 1024, "Calibration samples used at most")
+    holdout: Annotated[float, Field(ge=0, lt=1)] | None = _key(
+        _SAMPLES,
+        None,
+        "Share of the calibration samples that nothing is fitted to and figures are measured on, "
+        "where there are none to verify on; 0 for none. By default a fifth, 32 to 256, if that is "
+        "at most a third",
+    )
     batch_size: Annotated[int, Field(ge=1)] = _key(_SAMPLES, 32, "Samples run at a time")
     block_size: Annotated[BlockSize | None, _WHOLE] = _key(
         _BITS,
@@ -186,6 +193,13 @@ class QuantConfig(Settings):
         _RUN,
         None,
         "Gate: most points of top-1 lost; without labels, points of disagreement with float",
+    )
+
+    strict: bool = _key(
+        _RUN,
+        False,
+        "Gate: no output may collapse, by an SQNR of less than 10 dB in all or in a part, by an "
+        "extreme that is cut off, or by a lost correlation with the float model",
     )
 
     @field_validator("target")
@@ -282,7 +296,7 @@ class Setting:
 
     ``kind`` is what a value is, ``choices`` are all values where there are few, and
     ``default`` is in text, empty where there is none. A ``repeatable`` key holds any
-    number of values.
+    number of values; a ``flag`` is on where it is named.
     """
 
     key: str
@@ -292,6 +306,7 @@ class Setting:
     choices: tuple[str, ...]
     default: str
     repeatable: bool
+    flag: bool
 
 
 def settings() -> Iterator[Setting]:
@@ -314,13 +329,14 @@ def _setting(key: str, section: str, field: FieldInfo) -> Setting:
         choices=tuple(map(str, values)) if origin is Literal else (),
         default=_text(default),
         repeatable=origin is dict or (origin is tuple and str in values),
+        flag=origin is bool,
     )
 
 
 def _text(default: object) -> str:
     if isinstance(default, tuple):
         return ",".join(map(str, default))
-    return "" if default in (None, {}) else str(default)
+    return "" if default is False or default in (None, {}) else str(default)
 
 
 _KINDS = {int: "INTEGER", float: "FLOAT", Path: "PATH", dict: "NAME=BITS"}

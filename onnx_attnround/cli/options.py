@@ -117,13 +117,13 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the command line holds: its options, and keys of the config, as text.
+    """What the command line holds: its options, and keys of the config, as text or flags.
 
     ``names`` are the parameters that were given, options as ``--name``.
     """
 
     options: Options
-    settings: Mapping[str, str | list[str]]
+    settings: Mapping[str, str | list[str] | bool]
     names: frozenset[str]
 
     def from_file(self) -> dict[str, Any]:
@@ -146,10 +146,12 @@ class Request:
         return QuantConfig.parse(chosen), tuple(means) if len(means) > 1 else ()
 
 
-def _value(key: str, text: str | list[str]) -> Any:
+def _value(key: str, text: str | list[str] | bool) -> Any:
     """The value of a key, as a config file has it but for numbers, which stay text."""
     if isinstance(text, str):
         return text.split(",") if key in ("bit_choices", "mean_bits") else text
+    if isinstance(text, bool):
+        return text
     return dict(_named_bits(key, each) for each in text) if key in _NAMED else text
 
 
@@ -206,8 +208,10 @@ def _declared(setting: Setting) -> Any:
     repeatable = "; repeatable" if setting.repeatable else ""
     default = f" Default: {setting.default}." if setting.default else ""
     told = f"{worded(setting.description)}{listed}{repeatable}.{default}"
-    text = list[str] if setting.repeatable else str
     name = option(setting.key)
+    if setting.flag:
+        return Annotated[bool | None, _option(setting.section, told, name)]
+    text = list[str] if setting.repeatable else str
     return Annotated[text | None, _option(setting.section, told, name, metavar=setting.kind)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,13 @@ from onnx_attnround.errors import GateError, ModelError, OutputError
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.pipeline.context import OnEvent, Run
 from onnx_attnround.pipeline.memory_limit import within_limit
-from onnx_attnround.pipeline.open_inputs import check_samples, open_calibration, open_evaluation
+from onnx_attnround.pipeline.notes import few_rows, taken, unblocked
+from onnx_attnround.pipeline.open_inputs import (
+    check_samples,
+    keep_apart,
+    open_calibration,
+    open_evaluation,
+)
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.plan.bits import allocate, measures
 from onnx_attnround.plan.split_inputs import part_floats, part_layers
@@ -40,6 +46,7 @@ from onnx_attnround.samples.preprocess import Preprocess
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import get_target
 from onnx_attnround.verify import (
+    Basis,
     Verification,
     check_gates,
     check_labels,
@@ -127,18 +134,22 @@ def check_model(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """The model, from ``source`` if that is a file, and the samples that came with it."""
+    """The model, from ``source`` if that is a file, and the samples that came with it.
+
+    ``samples`` are fitted to, ``evaluation`` measured on, and so are the former without it.
+    """
 
     source: Path | None
     original: ir.Model
     samples: Samples | None
     evaluation: Samples | None
     labels: Array | None
+    basis: Basis = "evaluation"
 
     @property
     def judged_on(self) -> Samples | None:
-        """Samples that layers and speed are compared on."""
-        return self.samples or self.evaluation
+        """Samples that figures are measured on; what they are is told by ``basis``."""
+        return self.evaluation or self.samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,11 +186,17 @@ def load(
         held_out, labels = open_evaluation(evaluation, original, preprocess, run.notes)
         check_labels(labels, held_out, original)
         check_samples(run.config, samples, held_out)
+        samples, held_out, basis = keep_apart(samples, held_out, run.config, run.notes)
         run.notes += run.config.idle()
         if samples is None and run.config.device != "cpu":
             run.notes.append("option `device` has no effect: there are no samples")
     return Loaded(
-        source=source, original=original, samples=samples, evaluation=held_out, labels=labels
+        source=source,
+        original=original,
+        samples=samples,
+        evaluation=held_out,
+        labels=labels,
+        basis=basis,
     )
 
 
@@ -196,6 +213,8 @@ def prepare(run: Run, given: Loaded) -> Prepared:
     with run.stage("calibrate"):
         ranges = _calibrate(run, simplified, plan, samples)
         run.notes += left_out_note(ranges)
+    if samples is not None and run.config.method != "nearest":
+        run.notes += few_rows(plan, ranges, samples.count)
     errors = _measure(run, simplified, plan, samples)
     return Prepared(given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors)
 
@@ -222,7 +241,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
     with run.stage("round"):
         roundings = _round(run, prepared, allocation)
     roundings, params, blocks = _refine(run, prepared, roundings)
-    run.notes += _unblocked(plan, roundings, config.block_size)
+    run.notes += unblocked(plan, roundings, config.block_size)
     with run.stage("write"):
         storages = plan.target.storages(blocks=config.block_size is not None)
         storage = config.weight_storage or storages[0]
@@ -245,7 +264,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         blocks=blocks,
         checked=checked,
         verification=verification,
-        notes=(*run.notes, *_taken(run)),
+        notes=(*run.notes, *taken(run)),
         seconds=run.seconds,
         source=prepared.given.source,
     )
@@ -253,13 +272,6 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
     if output is not None:
         graph.save(quantised, Path(output), source=prepared.given.source)
     return result
-
-
-def _taken(run: Run) -> Iterator[str]:
-    """What the run did not have to do, because an earlier one had done it."""
-    if taken := run.checkpoint.taken:
-        found = ", ".join(f"{stage} {count}" for stage, count in taken.items())
-        yield f"results taken from '{run.config.work_dir}': {found}"
 
 
 def source_of(model: Path | str | ir.Model) -> Path | None:
@@ -305,7 +317,7 @@ def _within_limit(run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan
     if (limit := run.config.memory_limit) is None:
         return given
     models = given.original, simplified
-    run.config = within_limit(limit, run.config, models, plan, given.judged_on)
+    run.config = within_limit(limit, run.config, models, plan, given.samples or given.judged_on)
     most = run.config.batch_size
     return replace(
         given,
@@ -410,17 +422,6 @@ def _refine(
     return refined.roundings, refined.params, tuple(refined.blocks)
 
 
-def _unblocked(
-    plan: QuantPlan, roundings: Mapping[str, LayerRounding], size: int | None
-) -> list[str]:
-    """Which layers have no blocks of scales, although they were asked for: a note a reason."""
-    nodes: dict[str, list[str]] = {}
-    for node, rounding in roundings.items():
-        if size is not None and rounding.spec.block_size is None:
-            nodes.setdefault(plan.unblocked.get(node, "too many bits for them"), []).append(node)
-    return [f"no blocks of {size}, {why}: {', '.join(names)}" for why, names in nodes.items()]
-
-
 def _verify(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification | None:
     """The comparison with the float model; without samples, only whether the model loads."""
     given = prepared.given
@@ -431,9 +432,9 @@ def _verify(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification |
         _reference(run, given.original, prepared.simplified),
         quantised,
         given.judged_on,
+        basis=given.basis,
         labels=given.labels,
-        evaluation=given.evaluation,
-        layers=prepared.plan.layers,
+        layers=(prepared.simplified, prepared.plan.layers),
         threads=run.config.threads,
         on_event=run.on_event,
     )

@@ -109,7 +109,7 @@ def _rounding(layer: LayerPlan, count: int | None) -> int:
     from onnx_attnround.rounding.methods import MOST_WEIGHTS
     from onnx_attnround.rounding.moments import WIDE, WIDE_PATCHES  # with torch: takes a second
 
-    groups, depth = _groups(layer)
+    groups, depth = groups_and_inputs(layer)
     values = WEIGHT_COPIES * layer.parameters
     values += PART_COPIES * min(layer.parameters, MOST_WEIGHTS)
     if count is not None and depth > WIDE:
@@ -119,7 +119,7 @@ def _rounding(layer: LayerPlan, count: int | None) -> int:
     return FLOAT * values
 
 
-def _groups(layer: LayerPlan) -> tuple[int, int]:
+def groups_and_inputs(layer: LayerPlan) -> tuple[int, int]:
     """Groups of a layer, and the inputs of a row of its weight."""
     groups = int(layer.attributes.get("group", 1))
     axis = WEIGHTED_OPS[layer.op_type].channel_axis(layer.attributes)
@@ -139,7 +139,7 @@ def _patches(layer: LayerPlan, sizes: Mapping[str, int], count: int) -> int:
     """Elements of the patches of one sample that are looked at together."""
     from onnx_attnround.rounding.moments import wanted_patches
 
-    groups, depth = _groups(layer)
+    groups, depth = groups_and_inputs(layer)
     outputs = groups * layer.parameters // (groups * depth)
     positions = max(sizes.get(layer.y, 0) // max(outputs, 1), 1)
     wanted = math.ceil(wanted_patches(depth) / count)

@@ -14,15 +14,14 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.plan.bits import measures
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples, find_labels, keys_of, open_samples
+from onnx_attnround.samples.holdout import hold_out
 from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.verify import Basis
 
 LEAST_BESIDE = 16
 """Samples beside a model that are used unasked: zoos put one there, whose ranges fit no other."""
 
 _T = TypeVar("_T")
-
-FEW_SAMPLES = 64
-"""With half as many, calibration samples show 10 dB more SQNR than others of the sample models."""
 
 
 def open_calibration(
@@ -52,11 +51,6 @@ def open_calibration(
             "give `calibration` for learned rounding and integer activations"
         )
         return None
-    if samples.count < FEW_SAMPLES:
-        notes.append(
-            f"{samples.count} calibration samples are few: ranges fit these and may cut off "
-            "others, and figures measured on these flatter; give some hundred"
-        )
     return samples
 
 
@@ -89,9 +83,31 @@ def comparable(measured: _T | None) -> _T:
     return measured
 
 
+def keep_apart(
+    samples: Samples | None, evaluation: Samples | None, config: QuantConfig, notes: list[str]
+) -> tuple[Samples | None, Samples | None, Basis]:
+    """The samples to fit to, those to measure on if they are others, and what these are.
+
+    Without ``evaluation``, some of ``samples`` are kept apart for it: see :func:`hold_out`.
+    """
+    if evaluation is not None:
+        if samples is not None and config.holdout:
+            notes.append("option `holdout` has no effect: there are samples to verify on")
+        return samples, evaluation, "evaluation"
+    if samples is None:
+        return None, None, "evaluation"
+    fitted, apart = hold_out(samples, config.holdout)
+    if apart is None and config.holdout != 0:
+        notes.append(
+            f"{samples.count} calibration samples are too few to keep some apart: figures are "
+            "measured on what ranges and weights were fitted to, and flatter; give some hundred"
+        )
+    return fitted, apart, "calibration" if apart is None else "held out"
+
+
 def check_samples(config: QuantConfig, samples: Samples | None, held_out: Samples | None) -> None:
     """Raise ``CalibrationError`` if a gate or the allocator wants samples that are not there."""
-    gated = config.min_sqnr is not None or config.max_drop is not None
+    gated = config.strict or config.min_sqnr is not None or config.max_drop is not None
     if gated and samples is None and held_out is None:
         raise CalibrationError(
             "a gate is set, but there are no samples to judge it on: give `calibration` or "

@@ -8,13 +8,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
 from onnx_attnround.report.layout import Rows
 from onnx_attnround.report.result import Point, QuantizeResult
-from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
+from onnx_attnround.verify import (
+    Accuracy,
+    Basis,
+    Latency,
+    OutputComparison,
+    Verification,
+    slice_name,
+)
 
+_BASES: Mapping[Basis, str] = {
+    "evaluation": "samples",
+    "held out": "held-out samples",
+    "calibration": "samples it was fitted to",
+}
+TOLD_FROZEN = 0.01  # share from which on they are told on the console
 _FEW = 5  # names that are listed before the rest is counted
 
 
@@ -38,6 +52,7 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
     if result.plan.layers:
         parts.append(_bits(result))
     parts += [f"note: {note}" for note in result.notes]
+    parts += _warnings(result.verification)
     if output is not None:
         parts.append(f"wrote {output}")
     return Group(*parts)
@@ -78,7 +93,12 @@ def points_table(points: Sequence[Point], *, verbose: bool) -> RenderableType:
     runs = [
         console(point.result, output=point.output, verbose=True) for point in points if verbose
     ]
-    return Group(*runs, table, *_notes_of_all(points))
+    warnings = [
+        Text(f"{point.config.mean_bits:g} mean bits: ") + warning
+        for point in points
+        for warning in _warnings(point.verification)
+    ]
+    return Group(*runs, table, *_notes_of_all(points), *warnings)
 
 
 def _notes_of_all(points: Sequence[Point]) -> Iterable[str]:
@@ -179,8 +199,8 @@ def _layer_cells(result: QuantizeResult, layer: LayerPlan) -> list[str]:
 def _comparison(verification: Verification, *, elsewhere: bool) -> Rows:
     rows = [] if verification.accuracy is None else [_accuracy_cells(verification.accuracy)]
     for output in verification.outputs:
-        kind = "samples" if verification.held_out else "calibration samples"
-        rows += _output_cells(output, f"{verification.samples} {kind}")
+        told = f"{verification.samples} {_BASES[verification.basis]}"
+        rows += _output_cells(output, told)
     rows.append([
         "size",
         _size(verification.float_bytes),
@@ -206,9 +226,27 @@ def _output_cells(output: OutputComparison, samples: str) -> Iterable[list[str]]
         kind = "values equal" if output.sqnr_db is None else "top-1 agrees"
         yield [f"{output.name}: {kind}", "", "", f"{output.agreement:.2%}"]
     if output.sqnr_db is not None:
-        sqnr = f"{output.sqnr_db:.2f} dB" if math.isfinite(output.sqnr_db) else "exact"
-        yield [f"{output.name}: SQNR ({samples})", "", "", sqnr]
+        yield [f"{output.name}: SQNR ({samples})", "", "", _decibels(output.sqnr_db)]
+    if (worst := output.worst_slice) is not None and math.isfinite(worst.sqnr_db):
+        row = f"{output.name}: SQNR of {slice_name(worst)}, the worst"
+        yield [row, "", "", _decibels(worst.sqnr_db)]
+    if (lost := output.lost_extreme) is not None:
+        ends = f"{lost.expected:.3g}", f"{lost.got:.3g}", f"{lost.kept:.0%} kept"
+        yield [f"{output.name}: extreme of {slice_name(lost)}", *ends]
+    if output.frozen is not None and output.frozen >= TOLD_FROZEN:
+        row = f"{output.name}: elements that no longer vary"
+        yield [row, "", "", f"{output.frozen:.0%}"]
     yield [f"{output.name}: largest error", "", "", f"{output.max_abs_error:.3g}"]
+
+
+def _decibels(sqnr: float) -> str:
+    return f"{sqnr:.2f} dB" if math.isfinite(sqnr) else "exact"
+
+
+def _warnings(verification: Verification | None) -> list[Text]:
+    """What nobody should miss: outputs that are of no use."""
+    phrases = [] if verification is None else verification.collapsed
+    return [Text(f"warning: {phrase}", style="bold red") for phrase in phrases]
 
 
 def _latency_cells(latency: Latency, where: str) -> list[str]:

@@ -126,6 +126,7 @@ def _verified(verification: Verification) -> dict[str, Any]:
     """The fields, with what follows from them; what is told per layer is left out."""
     fields = asdict(verification)
     del fields["layer_sqnr"]
+    fields["held_out"] = verification.held_out
     fields["outputs"] = [
         {**asdict(output), "agreement": output.agreement} for output in verification.outputs
     ]

@@ -9,6 +9,7 @@ is opened, values while they stream. Memory never depends on how many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -21,6 +22,8 @@ from onnx_attnround.samples.matching import Part, part_of
 from onnx_attnround.samples.preprocess import Preprocess, load_preprocess
 from onnx_attnround.samples.sources import arrays_of, feeds_of
 from onnx_attnround.samples.streams import Feeds, length, listed, rows_of
+
+GOLDEN = 0.6180339887498949
 
 __all__ = ["Feeds", "Samples", "find_labels", "keys_of", "open_samples", "read_labels"]
 
@@ -36,13 +39,53 @@ class Samples:
         self._parts = parts
         self._limit = limit
         self._most: int | None = None
+        self._chosen: Array | None = None  # of the rows up to the limit, booleans; None is all
         self.count = self._usable()
 
     def at_most(self, batch_size: int) -> Samples:
         """The same samples, whose batches hold no more than ``batch_size``, if that is free."""
-        result = Samples(self._parts, self._limit)
+        result = copy(self)
         result._most = batch_size
         return result
+
+    def split(self, count: int) -> tuple[Samples, Samples] | None:
+        """All samples but ``count``, and these, which lie spread over all; each in its order.
+
+        Where the model's batch is static, whole batches are parted, so that the second
+        may hold some more. ``None`` if either would be empty. Deterministic, and blind to
+        the order of the samples: :func:`_spread` says how.
+        """
+        units = self._units()
+        numbers, index = np.unique(units[units >= 0], return_inverse=True)
+        parted = -(-count * len(numbers) // self.count)
+        if not 0 < parted < len(numbers):
+            return None
+        apart = np.zeros(len(units), bool)
+        apart[units >= 0] = np.isin(index, _spread(parted, len(numbers)))
+        return self._part(~apart & (units >= 0)), self._part(apart)
+
+    def _part(self, chosen: Array) -> Samples:
+        result = copy(self)
+        result._chosen = chosen
+        result.count = int(np.count_nonzero(chosen))
+        return result
+
+    def _units(self) -> Array:
+        """The number of the batch that each row falls in, or of the row where the batch is free.
+
+        It is -1 for rows that are not used: at the end, they may not fill a static batch.
+        ``[rows]``, int64.
+        """
+        pieces: list[Array] = []
+        first = 0
+        for (static, _), group in groupby(self._limited(), key=lambda part: part.key):
+            rows, size = sum(part.count for part in group), static or 1
+            numbers = first + np.arange(rows) // size
+            numbers[rows - rows % size :] = -1
+            first += rows // size
+            pieces.append(numbers)
+        units: Array = np.concatenate(pieces)
+        return units if self._chosen is None else np.where(self._chosen, units, -1)
 
     def batches(self, batch_size: int) -> Iterator[Feeds]:
         """Feeds for the model, stacked on axis 0, each input in the model's own dtype.
@@ -51,7 +94,7 @@ class Samples:
         shape), or exactly the model's static batch. Raises ``CalibrationError``
         where a value is NaN, infinite or out of range.
         """
-        for (static, _), group in groupby(self._limited(), key=lambda part: part.key):
+        for (static, _), group in groupby(self._selected(), key=lambda part: part.key):
             first = next(group)
             size = static or min(batch_size, self._most or batch_size)
             fixed = {name: next(stream.blocks(None)) for name, stream in first.fixed.items()}
@@ -75,6 +118,15 @@ class Samples:
             left -= part.count
             if left <= 0:
                 return
+
+    def _selected(self) -> Iterator[Part]:
+        """The parts up to the limit that have rows to use, and are told which."""
+        start = 0
+        for part in self._limited():
+            chosen = None if self._chosen is None else self._chosen[start : start + part.count]
+            start += part.count
+            if chosen is None or chosen.any():
+                yield replace(part, chosen=chosen)
 
     def _usable(self) -> int:
         found = usable = 0
@@ -154,6 +206,18 @@ def find_labels(source: object) -> Array | None:
 def keys_of(source: object) -> list[str]:
     """The names of the arrays in an .npz or a mapping; none for other forms."""
     return list(arrays_of(source))
+
+
+def _spread(count: int, number: int) -> Array:
+    """``count`` of the indices below ``number``, ascending: one of each of ``count`` equal runs.
+
+    Where in its run follows the golden ratio, so that no period in the order of the
+    samples (every second one rotated, ten of each class) can favour a kind of them.
+    """
+    edges = np.arange(count + 1) * number // count
+    place = (np.arange(count) * GOLDEN) % 1.0
+    chosen: Array = edges[:-1] + (place * np.diff(edges)).astype(np.int64)
+    return chosen
 
 
 def _rechunk(blocks: Iterable[Feeds], size: int, *, drop_rest: bool) -> Iterator[Feeds]:

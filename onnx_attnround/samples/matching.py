@@ -13,7 +13,15 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, InputSpec
 from onnx_attnround.samples.preprocess import PREPROCESS, Preprocess
 from onnx_attnround.samples.sources import Feed
-from onnx_attnround.samples.streams import Feeds, Found, Stream, listed, reading, rows_of
+from onnx_attnround.samples.streams import (
+    Feeds,
+    Found,
+    Stream,
+    length,
+    listed,
+    reading,
+    rows_of,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,21 +30,26 @@ class Part:
 
     ``key`` is the model's static batch (``None`` if dynamic) and what neighbours
     that may share a batch have in common. Without ``rows`` it is one feed, fed as it is.
+    ``chosen``, booleans ``[count]``, tells which of the samples are used; ``None`` is all.
     """
 
     rows: Mapping[str, Stream]
     fixed: Mapping[str, Stream]
     count: int
     key: tuple[int | None, object]
+    chosen: Array | None = None
 
     def blocks(self, size: int) -> Iterator[Feeds]:
-        """Consecutive blocks of at most ``size`` of the part's first ``count`` rows."""
-        left = self.count
+        """Blocks of at most ``size`` rows, in order: those of the first ``count`` that are used."""
+        done = 0
         for arrays in zip(*(stream.blocks(size) for stream in self.rows.values()), strict=True):
-            block = dict(zip(self.rows, arrays, strict=True))
-            yield rows_of(block, 0, left)
-            left -= len(arrays[0])
-            if left <= 0:
+            block = rows_of(dict(zip(self.rows, arrays, strict=True)), 0, self.count - done)
+            if self.chosen is None:
+                yield block
+            elif (taken := self.chosen[done : done + length(block)]).any():
+                yield {name: array[taken] for name, array in block.items()}
+            done += length(block)
+            if done >= self.count:
                 return
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_attnround.records import Array, Event, LayerPlan
 from onnx_attnround.runtime.session import ACCURACY_LEVEL, exact_activations
 from onnx_attnround.samples import Samples
+from onnx_attnround.verify.collapse import slice_name
 from onnx_attnround.verify.compare import (
     LAYER_SAMPLES,
     batches,
@@ -18,7 +19,7 @@ from onnx_attnround.verify.compare import (
     compare_outputs,
 )
 from onnx_attnround.verify.gates import REMEDY, check_gates, missed_gates
-from onnx_attnround.verify.results import Accuracy, Latency, OutputComparison, Verification
+from onnx_attnround.verify.results import Accuracy, Basis, Latency, OutputComparison, Verification
 from onnx_attnround.verify.runs import BATCH, Step
 from onnx_attnround.verify.shared import open_comparison
 from onnx_attnround.verify.speed import measure_speed, serialised_bytes, slower_note
@@ -26,6 +27,7 @@ from onnx_attnround.verify.speed import measure_speed, serialised_bytes, slower_
 __all__ = [
     "REMEDY",
     "Accuracy",
+    "Basis",
     "Latency",
     "OutputComparison",
     "Verification",
@@ -34,11 +36,17 @@ __all__ = [
     "missed_gates",
     "output_sqnr",
     "rounded_activations_note",
+    "slice_name",
     "slower_note",
     "verify",
 ]
 
 NOTABLE_DB = 0.5  # of the outputs' SQNR, which a user would want to know of
+
+Layers = tuple[ir.Model, Sequence[LayerPlan]]
+"""The planned layers and the simplified model that they are of. What one puts out may have
+another name or value in the original: there, a BatchNormalization may come behind it."""
+
 OUTPUT_SAMPLES = 256  # calibration samples that outputs are compared on
 
 
@@ -47,38 +55,42 @@ def verify(
     quantised: ir.Model,
     samples: Samples,
     *,
+    basis: Basis = "calibration",
     labels: Array | None = None,
-    evaluation: Samples | None = None,
-    layers: Sequence[LayerPlan] = (),
+    layers: Layers | None = None,
     threads: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Verification:
     """Run both models and compare outputs, layers, latency and size.
 
-    Outputs are compared over all of ``evaluation`` if given, else over the first
-    256 of ``samples``; ``labels`` (``[evaluation.count]``, integers) add top-1.
-    Layers are compared over 64 of ``samples``. Latency runs use one thread, the
+    Outputs are compared over all ``samples``, but only 256 of those for ``"calibration"``;
+    ``labels`` (``[samples.count]``, integers) add top-1, if ``basis`` is ``"evaluation"``.
+    ``layers`` are compared over 64 of ``samples``. Latency runs use one thread, the
     others up to ``threads``.
 
     Raises ``OutputError`` if the quantised model does not load or run, or is not
     finite where the float model is; ``ModelError`` if the float model does not
     run; ``CalibrationError`` if the labels fit neither samples nor outputs.
     """
-    check_labels(labels, evaluation, float_model)
+    check_labels(labels, samples if basis == "evaluation" else None, float_model)
     models = (float_model, quantised)
-    compared, limit = (samples, OUTPUT_SAMPLES) if evaluation is None else (evaluation, None)
-    total = min(compared.count, limit or compared.count) + min(samples.count, LAYER_SAMPLES) + 1
+    limit = OUTPUT_SAMPLES if basis == "calibration" else samples.count
+    total = min(samples.count, limit) + min(samples.count, LAYER_SAMPLES) + 1
     step = _stepper(total, on_event)
     comparison = open_comparison(models, threads)
     count, outputs, accuracy = compare_outputs(
-        comparison.run, batches(compared, BATCH, limit), labels, step
+        comparison.run,
+        batches(samples, BATCH, limit),
+        labels,
+        step,
     )
-    layer_sqnr = compare_layers(models, layers, samples, threads, step)
+    simplified, planned = layers or (float_model, ())
+    layer_sqnr = compare_layers((simplified, quantised), planned, samples, threads, step)
     latency = measure_speed(models, samples)
     step("latency", total)
     return Verification(
         samples=count,
-        held_out=evaluation is not None,
+        basis=basis,
         outputs=tuple(
             sums.result()
             for name, sums in outputs.items()
@@ -89,7 +101,7 @@ def verify(
         not_compared=(
             *comparison.apart,
             *(name for name, sums in outputs.items() if not sums.comparable),
-            *(layer.node for layer in layers if layer.node not in layer_sqnr),
+            *(layer.node for layer in planned if layer.node not in layer_sqnr),
         ),
         notes=tuple(comparison.notes()),
         latency=latency,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from onnx_attnround.errors import CalibrationError, OutputError
 from onnx_attnround.graph import input_specs
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.samples import Samples
+from onnx_attnround.verify.collapse import LEAST_DB, collapse
 from onnx_attnround.verify.results import Accuracy, OutputComparison
 from onnx_attnround.verify.runs import Feed, Models, Outputs, Step, sample_count
 from onnx_attnround.verify.shared import Pair, open_shared
+from onnx_attnround.verify.slices import Details
 
 LAYER_SAMPLES = 64
 LAYER_BATCH = 8  # every layer's output of a batch is held at once
@@ -23,12 +26,13 @@ LAYER_BATCH = 8  # every layer's output of a batch is held at once
 
 def compare_outputs(
     run: Pair, feeds: Iterator[Feed], labels: Array | None, step: Step
-) -> tuple[int, dict[str, Sums], Accuracy | None]:
+) -> tuple[int, dict[str, OutputSums], Accuracy | None]:
     """One pass of both models: samples seen, sums per graph output, and top-1."""
-    done, sums, correct = 0, dict[str, Sums](), np.zeros(2, np.int64)
+    done, sums, correct = 0, dict[str, OutputSums](), np.zeros(2, np.int64)
     for feed in feeds:
         expected, got = run(feed)
-        _add_batch(sums, expected, got)
+        for name, value in expected.items():
+            sums.setdefault(name, OutputSums(name)).add(value, got[name])
         if labels is not None:
             wanted = labels[done : done + sample_count(feed)]
             correct += [_correct(outputs, expected, wanted) for outputs in (expected, got)]
@@ -53,7 +57,9 @@ def compare_layers(
         return {}
     run, sums = open_shared(models, list(found), threads), dict[str, Sums]()
     for feed in batches(samples, LAYER_BATCH, LAYER_SAMPLES):
-        _add_batch(sums, *run(feed))
+        expected, got = run(feed)
+        for name, value in expected.items():
+            sums.setdefault(name, Sums(name)).add(value, got[name])
         step("layers", sample_count(feed))
     return {found[name]: total.sqnr_db for name, total in sums.items()}
 
@@ -123,7 +129,10 @@ class Sums:
                     f"elements of {got.size}, expected finite as in the float model; "
                     "`exclude` the layers before it"
                 )
-            expected, got = expected[finite], got[finite]
+            expected, got = np.where(finite, expected, 0), np.where(finite, got, 0)
+        self._add_finite(expected, got)
+
+    def _add_finite(self, expected: Array, got: Array) -> None:
         reference = expected.astype(np.float64).ravel()
         error = got.astype(np.float64).ravel() - reference
         self.signal += float(reference @ reference)
@@ -145,20 +154,38 @@ class Sums:
             return math.inf
         return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
+
+class OutputSums(Sums):
+    """The same for an output of the model, whose parts are looked at too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._details = Details()
+
+    def _add_finite(self, expected: Array, got: Array) -> None:
+        super()._add_finite(expected, got)
+        if self.floating:
+            self._details.add(expected, got)
+
     def result(self) -> OutputComparison:
         """The figures over all batches so far."""
-        return OutputComparison(
+        found = OutputComparison(
             name=self.name,
             sqnr_db=self.sqnr_db if self.floating else None,
             max_abs_error=self.worst,
             agreeing=self.agreeing,
             judged=self.judged,
         )
-
-
-def _add_batch(sums: dict[str, Sums], expected: Outputs, got: Outputs) -> None:
-    for name, value in expected.items():
-        sums.setdefault(name, Sums(name)).add(value, got[name])
+        if not self.floating:
+            return found
+        found = replace(
+            found,
+            worst_slices=self._details.worst_slices(),
+            correlation=self._details.correlation,
+            frozen=self._details.frozen,
+            lost_extreme=self._details.lost_extreme(),
+        )
+        return replace(found, collapsed=collapse(found, self._details.drowned_slice(LEAST_DB)))
 
 
 def _class_scores(value: Any) -> bool:

@@ -19,8 +19,8 @@ def check_gates(verification: Verification, config: QuantConfig) -> None:
 
     ``min_sqnr`` is held against the worst float output (dB); ``max_drop``
     against the points of top-1 lost where labels were given, else against the
-    points of disagreement with the float model. A gate that cannot be judged
-    counts as missed.
+    points of disagreement with the float model. ``strict`` lets no output collapse.
+    A gate that cannot be judged counts as missed.
     """
     if missed := missed_gates(verification, config):
         raise GateError(f"gate missed: {missed}; {REMEDY}")
@@ -45,6 +45,8 @@ def _missed(verification: Verification, config: QuantConfig) -> Iterator[str]:
         yield f"`max_drop` {config.max_drop:g} cannot be judged, no output holds class scores"
     elif config.max_drop is not None and drop is not None and drop > config.max_drop:
         yield f"{what} is {drop:.2f} points, above `max_drop` {config.max_drop:g}"
+    if config.strict:
+        yield from verification.collapsed
 
 
 def _drop(verification: Verification) -> tuple[float | None, str]:

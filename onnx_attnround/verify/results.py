@@ -4,6 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Basis = Literal["evaluation", "held out", "calibration"]
+"""Samples that figures are measured on: given for that, kept apart for it from those for
+calibration, or those themselves, to which ranges and weights were fitted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstSlice:
+    """The part of an output at ``index`` of ``axis``, and its SQNR in dB."""
+
+    axis: int
+    index: int
+    sqnr_db: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extreme:
+    """The largest or least value of a slice in the float and the quantised model.
+
+    ``kept`` is the share of its distance from the float model's mean that is left.
+    ``axis`` is ``None`` for an output as a whole.
+    """
+
+    axis: int | None
+    index: int
+    kept: float
+    expected: float
+    got: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +45,12 @@ class OutputComparison:
     counted over: samples of an output that looks like class scores (float, rank
     2, more than one column; top-1), elements of an output of integers
     (equality), and 0 for any other.
+
+    The rest is told of float outputs. ``worst_slices`` has a slice for each axis of
+    moderate length, but for that of the samples. ``correlation`` is that of all values in
+    both models; ``frozen`` the share of a sample's elements that vary from sample to
+    sample in the float model alone; ``lost_extreme`` the slice, or whole, whose largest or
+    least value is cut off most. ``collapsed`` is the reason why the output is of no use.
     """
 
     name: str
@@ -23,11 +58,21 @@ class OutputComparison:
     max_abs_error: float
     agreeing: int = 0
     judged: int = 0
+    worst_slices: tuple[WorstSlice, ...] = ()
+    correlation: float | None = None
+    frozen: float | None = None
+    lost_extreme: Extreme | None = None
+    collapsed: str | None = None
 
     @property
     def agreement(self) -> float | None:
         """The share that agrees, 0 to 1; ``None`` where nothing could be judged."""
         return self.agreeing / self.judged if self.judged else None
+
+    @property
+    def worst_slice(self) -> WorstSlice | None:
+        """The slice of the lowest SQNR along any axis."""
+        return min(self.worst_slices, key=lambda each: each.sqnr_db, default=None)
 
     @property
     def disagreement_points(self) -> float | None:
@@ -79,16 +124,15 @@ class Latency:
 class Verification:
     """What was measured on the two models.
 
-    ``outputs`` were compared over ``samples`` samples, which are those that the model
-    was calibrated on unless ``held_out``; ``layer_sqnr`` maps a
-    planned layer's node name to the SQNR of its output in dB, ``not_compared``
-    names the layers and graph outputs that could not be. Layers are compared on what the
-    float model chooses and draws, and so are outputs that could not be compared otherwise,
-    of which ``notes`` tell. Sizes are those of the serialised models, in bytes.
+    ``outputs`` were compared over ``samples`` samples, from where ``basis`` says;
+    ``layer_sqnr`` maps a planned layer's node name to the SQNR of its output in dB,
+    ``not_compared`` names the layers and graph outputs that could not be. Layers are compared
+    on what the float model chooses and draws, and so are outputs that could not be compared
+    otherwise, of which ``notes`` tell. Sizes are those of the serialised models, in bytes.
     """
 
     samples: int
-    held_out: bool
+    basis: Basis
     outputs: tuple[OutputComparison, ...]
     accuracy: Accuracy | None
     layer_sqnr: Mapping[str, float]
@@ -97,6 +141,20 @@ class Verification:
     latency: Latency
     float_bytes: int
     quantised_bytes: int
+
+    @property
+    def held_out(self) -> bool:
+        """Whether nothing was fitted to the samples compared on."""
+        return self.basis != "calibration"
+
+    @property
+    def collapsed(self) -> list[str]:
+        """A phrase for each output that is of no use."""
+        return [
+            f"output '{output.name}' has collapsed: {output.collapsed}"
+            for output in self.outputs
+            if output.collapsed
+        ]
 
     @property
     def worst_output(self) -> OutputComparison | None:

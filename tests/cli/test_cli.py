@@ -373,7 +373,7 @@ def test_dry_run_judges_the_samples_as_the_run_does(
     assert main([*given, "--bit-choices", "3,4"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert [note.split(":")[1].strip() for note in notes] == [
-        "8 calibration samples are few",
+        "8 calibration samples are too few to keep some apart",
         "option --bit-choices has no effect",
         "option --report has no effect",
     ]

@@ -24,6 +24,7 @@ from onnx_attnround.report.document import report_dict, write_check, write_json
 from onnx_attnround.report.layout import console_on
 from onnx_attnround.targets import TARGETS
 from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
+from onnx_attnround.verify.results import Extreme, WorstSlice
 
 SPEC = QuantSpec(bits=4, signed=True, symmetric=True, axis=0)
 
@@ -90,10 +91,15 @@ def result() -> QuantizeResult:
         ),
         verification=Verification(
             samples=256,
-            held_out=False,
+            basis="calibration",
             outputs=(
                 OutputComparison(
-                    name="logits", sqnr_db=31.25, max_abs_error=0.5, agreeing=255, judged=256
+                    name="logits", sqnr_db=31.25, max_abs_error=0.5, agreeing=255, judged=256,
+                    worst_slices=(WorstSlice(axis=1, index=3, sqnr_db=17.5),),
+                    correlation=0.999,
+                    frozen=0.25,
+                    lost_extreme=Extreme(axis=1, index=2, kept=0.125, expected=0.875, got=0.109375),
+                    collapsed="its SQNR is low",
                 ),
                 OutputComparison(name="aux", sqnr_db=math.inf, max_abs_error=0.0),
             ),
@@ -173,7 +179,15 @@ def test_the_report_holds_the_verification_with_what_follows(result: QuantizeRes
         "agreeing": 255,
         "judged": 256,
         "agreement": 255 / 256,
+        "worst_slices": [{"axis": 1, "index": 3, "sqnr_db": 17.5}],
+        "correlation": 0.999,
+        "frozen": 0.25,
+        "lost_extreme": {
+            "axis": 1, "index": 2, "kept": 0.125, "expected": 0.875, "got": 0.109375
+        },
+        "collapsed": "its SQNR is low",
     }
+    assert (found["basis"], found["held_out"]) == ("calibration", False)
     assert found["accuracy"]["float_top1"] == 0.95
     assert found["accuracy"]["drop_points"] == 1.5
     assert found["latency"]["speedup"] == 1.6
@@ -212,9 +226,13 @@ def test_a_report_that_cannot_be_written_is_an_output_error(
 def test_the_console_compares(result: QuantizeResult) -> None:
     printed = text(console(result, output=Path("out.onnx"), verbose=False))
     assert row(printed, "top-1 (200 samples)") == ["95.00%", "93.50%", "-1.50", "points"]
-    assert row(printed, "logits: SQNR (256 calibration samples)") == ["31.25", "dB"]
+    assert row(printed, "logits: SQNR (256 samples it was fitted to)") == ["31.25", "dB"]
     assert row(printed, "logits: top-1 agrees") == ["99.61%"]
-    assert row(printed, "aux: SQNR (256 calibration samples)") == ["exact"]
+    assert row(printed, "aux: SQNR (256 samples it was fitted to)") == ["exact"]
+    assert row(printed, "logits: SQNR of slice 3 of axis 1, the worst") == ["17.50", "dB"]
+    assert row(printed, "logits: extreme of slice 2 of axis 1") == ["0.875", "0.109", "12%", "kept"]
+    assert row(printed, "logits: elements that no longer vary") == ["25%"]
+    assert "warning: output 'logits' has collapsed: its SQNR is low" in printed
     assert row(printed, "size") == ["4.00", "MB", "1.00", "MB", "4.00x", "smaller"]
     assert row(printed, "latency (batch 16, 1 thread)")[:4] == ["8.00", "ms", "5.00", "ms"]
     assert "1.60x as fast (1.50 to 1.75)" in printed

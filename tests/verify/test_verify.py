@@ -11,13 +11,14 @@ import pytest
 from choosing_models import choosing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import build
+from small_models import build, run
 
 from onnx_attnround import graph
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, GateError, ModelError, OutputError
 from onnx_attnround.records import Event, LayerPlan, QuantSpec
 from onnx_attnround.samples import Samples, open_samples
+from onnx_attnround.simplify import simplify
 from onnx_attnround.verify import (
     Accuracy,
     Latency,
@@ -27,7 +28,7 @@ from onnx_attnround.verify import (
     speed,
     verify,
 )
-from onnx_attnround.verify.compare import Sums
+from onnx_attnround.verify.compare import OutputSums
 
 TWO_LAYERS = """
 net (float[N, 4] x) => (float[N, 3] scores)
@@ -132,18 +133,18 @@ def test_a_tenth_too_large_is_twenty_decibels() -> None:
 def test_equal_models_have_infinite_sqnr_and_agree() -> None:
     model = build(TWO_LAYERS)
     found = verify(model, model.clone(), noise(model, 20))
-    assert found.outputs == (
-        OutputComparison(
-            name="scores", sqnr_db=math.inf, max_abs_error=0.0, agreeing=20, judged=20
-        ),
-    )
+    (output,) = found.outputs
+    assert (output.name, output.sqnr_db, output.max_abs_error) == ("scores", math.inf, 0.0)
+    assert (output.agreeing, output.judged, output.frozen) == (20, 20, 0.0)
+    assert output.correlation == pytest.approx(1.0)
+    assert (output.lost_extreme, output.collapsed) == (None, None)
 
 
 def test_figures_follow_their_definition_over_all_batches() -> None:
     model = build(TWO_LAYERS)
     quantised, samples = perturbed(model, "w1"), noise(model, 75)
     labels = np.arange(75) % 3
-    found = verify(model, quantised, samples, evaluation=samples, labels=labels)
+    found = verify(model, quantised, samples, basis="evaluation", labels=labels)
     expected, got = scores_of(model, samples, "scores"), scores_of(quantised, samples, "scores")
     sqnr = 10 * np.log10((expected**2).sum() / ((expected - got) ** 2).sum())
     (output,) = found.outputs
@@ -161,7 +162,7 @@ def test_layers_are_compared_by_name_and_lost_names_are_listed() -> None:
     model = build(TWO_LAYERS)
     quantised, samples = perturbed(model, "w1"), noise(model, 40)
     plans = [layer("first", "hidden"), layer("second", "scores"), layer("third", "gone")]
-    found = verify(model, quantised, samples, layers=plans)
+    found = verify(model, quantised, samples, layers=(model, plans))
     expected, got = scores_of(model, samples, "hidden"), scores_of(quantised, samples, "hidden")
     sqnr = 10 * np.log10((expected**2).sum() / ((expected - got) ** 2).sum())
     assert found.layer_sqnr["first"] == pytest.approx(sqnr, abs=1e-3)
@@ -169,11 +170,43 @@ def test_layers_are_compared_by_name_and_lost_names_are_listed() -> None:
     assert found.not_compared == ("third",)
 
 
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "y = BatchNormalization(c, gamma, beta, mean, variance)",
+        "s = Mul(c, forty) y = Relu(s)",
+        "n = BatchNormalization(c, gamma, beta, mean, variance) s = Mul(n, forty) y = Abs(s)",
+    ],
+)
+def test_layers_are_compared_as_they_are_once_factors_are_folded(behind: str) -> None:
+    model = build(
+        f"""net (float[N, 3, 6, 6] x) => (float[N, 4, 4, 4] y)
+        <float[4, 3, 3, 3] w, float[4] beta, float[4] mean, float[4] variance,
+         float[4] gamma = {{20.0, 30.0, 40.0, 50.0}}, float forty = {{40.0}}>
+        {{ [conv] c = Conv(x, w) {behind} }}"""
+    )
+    simplified, _ = simplify(model)
+    conv = next(node for node in simplified.graph if node.op_type == "Conv")
+    weight, name = conv.inputs[1], conv.outputs[0].name or ""
+    assert weight is not None and weight.name is not None
+    quantised = perturbed(simplified, weight.name)
+    samples = noise(model, 40)
+    found = verify(model, quantised, samples, layers=(simplified, [layer(conv.name or "", name)]))
+    (feed,) = samples.batches(40)
+    expected, got = (
+        run(graph.with_outputs(each, [name]), feed)[-1] for each in (simplified, quantised)
+    )
+    sqnr = 10 * np.log10((expected**2).sum() / ((expected - got) ** 2).sum())
+    assert found.layer_sqnr[conv.name or ""] == pytest.approx(sqnr, abs=1e-2)
+    assert sqnr > 15
+
+
 def test_only_the_first_samples_are_run_unless_there_is_an_evaluation_set() -> None:
     model = scaled("1.0")
     samples = noise(model, 300)
     assert verify(model, scaled("1.1"), samples).samples == 256
-    assert verify(model, scaled("1.1"), samples, evaluation=samples).samples == 300
+    assert verify(model, scaled("1.1"), samples, basis="held out").samples == 300
+    assert verify(model, scaled("1.1"), samples, basis="evaluation").samples == 300
 
 
 def test_a_static_batch_is_kept_to() -> None:
@@ -184,7 +217,7 @@ def test_a_static_batch_is_kept_to() -> None:
 
     samples = noise(model("1.0"), 20)
     found = verify(
-        model("1.0"), model("1.1"), samples, evaluation=samples, labels=np.zeros(20, int)
+        model("1.0"), model("1.1"), samples, basis="evaluation", labels=np.zeros(20, int)
     )
     assert found.samples == 16
     assert found.latency.batch == 8
@@ -206,7 +239,7 @@ def test_latency_and_sizes_are_measured() -> None:
 def test_progress_ends_at_its_total() -> None:
     model = build(TWO_LAYERS)
     events: list[Event] = []
-    verify(model, model, noise(model, 70), layers=[layer("first", "hidden")],
+    verify(model, model, noise(model, 70), layers=(model, [layer("first", "hidden")]),
            on_event=events.append)  # fmt: skip
     assert {event.stage for event in events} == {"verify"}
     assert {event.detail for event in events} == {"outputs", "layers", "latency"}
@@ -275,7 +308,8 @@ def test_rows_chosen_by_data_are_compared_on_the_choices_of_the_float_model(
     model = choosing(name)
     quantised = perturbed(model, "w0", 4)
     quantised.graph.node("first").name = "other"  # whose outputs so count as changed
-    found = verify(model, quantised, noise(model, 20), layers=[layer("second", "y")])
+    planned = [layer("second", "y")]
+    found = verify(model, quantised, noise(model, 20), layers=(model, planned))
     (note,) = found.notes
     assert f"'y', since {node} '{node}_0' may choose or draw otherwise" in note
     assert note.endswith(what)
@@ -336,14 +370,14 @@ def test_integer_outputs_are_judged_by_equality() -> None:
 def test_labels_that_do_not_fit(labels: np.ndarray, message: str) -> None:
     samples = noise(scaled("1.0"), 20)
     with pytest.raises(CalibrationError, match=message):
-        verify(scaled("1.0"), scaled("1.0"), samples, evaluation=samples, labels=labels)
+        verify(scaled("1.0"), scaled("1.0"), samples, basis="evaluation", labels=labels)
 
 
 def test_labels_need_class_scores_and_samples() -> None:
     model = build("net (float[N, 3, 2] x) => (float[N, 3, 2] y) { y = Abs(x) }")
     samples, labels = noise(model, 6), np.zeros(6, int)
     with pytest.raises(CalibrationError, match="no output of y holds class scores"):
-        verify(model, model, samples, evaluation=samples, labels=labels)
+        verify(model, model, samples, basis="evaluation", labels=labels)
     with pytest.raises(CalibrationError, match="without evaluation samples"):
         verify(model, model, samples, labels=labels)
 
@@ -360,7 +394,7 @@ def test_sums_do_not_depend_on_how_samples_are_batched(
     rng = np.random.default_rng(seed)
     expected = rng.normal(size=(sum(lengths), columns)).astype(np.float32)
     got = (expected + 0.1 * rng.normal(size=expected.shape)).astype(np.float32)
-    whole, parts = Sums("y"), Sums("y")
+    whole, parts = OutputSums("y"), OutputSums("y")
     whole.add(expected, got)
     start = 0
     for length in lengths:
@@ -368,18 +402,20 @@ def test_sums_do_not_depend_on_how_samples_are_batched(
         start += length
     one, many = whole.result(), parts.result()
     assert many.sqnr_db == pytest.approx(one.sqnr_db, rel=1e-9)
-    assert replace(many, sqnr_db=None) == replace(one, sqnr_db=None)
+    assert (many.correlation or 0.0) == pytest.approx(one.correlation or 0.0, abs=1e-6)
+    assert (many.collapsed is None) == (one.collapsed is None)
+    assert len(many.worst_slices) == len(one.worst_slices)
+    summed = {"sqnr_db": None, "correlation": None, "worst_slices": (), "collapsed": None}
+    assert replace(many, **summed) == replace(one, **summed)
 
 
 def verification(**changes: object) -> Verification:
     """Figures that miss no gate in the tests below, unless changed."""
     figures = {
         "samples": 100,
-        "held_out": True,
+        "basis": "evaluation",
         "outputs": (
-            OutputComparison(
-                name="a", sqnr_db=30.0, max_abs_error=0.1, agreeing=98, judged=100
-            ),
+            OutputComparison(name="a", sqnr_db=30.0, max_abs_error=0.1, agreeing=98, judged=100),
             OutputComparison(name="b", sqnr_db=20.0, max_abs_error=0.1),
         ),
         "accuracy": None,
@@ -402,9 +438,9 @@ def test_gates_that_are_met_or_unset_pass() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"min_sqnr": 20.5}, "SQNR of output 'b' is 20.00 dB, below --min-sqnr 20.5"),
-        ({"max_drop": 1.9}, "disagreement with float is 2.00 points, above --max-drop 1.9"),
-        ({"min_sqnr": 25, "max_drop": 1}, "below --min-sqnr 25; disagreement"),
+        ({"min_sqnr": 20.5}, "SQNR of output 'b' is 20.00 dB, below `min_sqnr` 20.5"),
+        ({"max_drop": 1.9}, "disagreement with float is 2.00 points, above `max_drop` 1.9"),
+        ({"min_sqnr": 25, "max_drop": 1}, "below `min_sqnr` 25; disagreement"),
     ],
 )
 def test_a_missed_gate_is_named_with_its_figure(config: dict[str, float], message: str) -> None:
@@ -418,7 +454,7 @@ def test_top1_decides_where_there_are_labels_and_a_drop_at_the_gate_passes() -> 
         accuracy=Accuracy(samples=10_000, float_correct=8_800, quantised_correct=8_700)
     )
     check_gates(found, QuantConfig(max_drop=1.0))
-    with pytest.raises(GateError, match="loss of top-1 is 1.00 points, above --max-drop 0.99"):
+    with pytest.raises(GateError, match="loss of top-1 is 1.00 points, above `max_drop` 0.99"):
         check_gates(found, QuantConfig(max_drop=0.99))
 
 
@@ -428,10 +464,8 @@ def test_a_gain_misses_no_gate() -> None:
 
 
 def test_a_gate_that_cannot_be_judged_is_missed() -> None:
-    found = verification(
-        outputs=(OutputComparison(name="y", sqnr_db=None, max_abs_error=0.0),)
-    )
-    with pytest.raises(GateError, match="--min-sqnr 5 cannot be judged"):
+    found = verification(outputs=(OutputComparison(name="y", sqnr_db=None, max_abs_error=0.0),))
+    with pytest.raises(GateError, match="`min_sqnr` 5 cannot be judged"):
         check_gates(found, QuantConfig(min_sqnr=5))
-    with pytest.raises(GateError, match="--max-drop 5 cannot be judged"):
+    with pytest.raises(GateError, match="`max_drop` 5 cannot be judged"):
         check_gates(found, QuantConfig(max_drop=5))

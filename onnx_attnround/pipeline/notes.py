@@ -1,0 +1,61 @@
+"""Notes: on layers that did not get what they need or what was asked for, and on a resumed run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from onnx_attnround.calibrate import Calibration
+from onnx_attnround.pipeline.context import Run
+from onnx_attnround.pipeline.memory_limit import groups_and_inputs
+from onnx_attnround.records import LayerPlan, LayerRounding, QuantPlan
+
+
+def few_rows(plan: QuantPlan, ranges: Calibration, samples: int) -> Iterator[str]:
+    """A note if layers of ``plan`` are fitted on fewer rows than they have inputs.
+
+    A layer's rounding is fitted on the rows that its weight multiplies: patches of an
+    image, tokens of a sentence, but whole samples where a Gemm stands behind a pool. Fewer
+    rows than inputs leave directions in which its error was never seen.
+    ``ranges`` tell how many elements were seen in ``samples`` samples. Layers of which
+    the number of rows is not known are left out.
+    """
+    found = []
+    for layer in plan.layers:
+        rows, (_, inputs) = _rows(layer, plan, ranges, samples), groups_and_inputs(layer)
+        if rows is not None and rows < inputs:
+            found.append((rows / inputs, f"'{layer.node}', {rows} rows for {inputs} inputs"))
+    if found:
+        several = f"{len(found)} layers are" if len(found) > 1 else "a layer is"
+        yield (
+            f"{several} fitted on fewer rows (samples, patches, tokens) than inputs: "
+            f"{min(found)[1]}; more samples are likely to help"
+        )
+
+
+def _rows(layer: LayerPlan, plan: QuantPlan, ranges: Calibration, samples: int) -> int | None:
+    """How many rows the weight of ``layer`` multiplied."""
+    if layer.op_type in ("Conv", "ConvTranspose"):
+        return None if layer.macs is None else samples * layer.macs // layer.parameters
+    name = layer.x
+    while name in plan.same_range:
+        name = plan.same_range[name]
+    stats = ranges.stats.get(name)
+    return None if stats is None else stats.count // groups_and_inputs(layer)[1]
+
+
+def unblocked(
+    plan: QuantPlan, roundings: Mapping[str, LayerRounding], size: int | None
+) -> list[str]:
+    """Which layers have no blocks of scales, although they were asked for: a note a reason."""
+    nodes: dict[str, list[str]] = {}
+    for node, rounding in roundings.items():
+        if size is not None and rounding.spec.block_size is None:
+            nodes.setdefault(plan.unblocked.get(node, "too many bits for them"), []).append(node)
+    return [f"no blocks of {size}, {why}: {', '.join(names)}" for why, names in nodes.items()]
+
+
+def taken(run: Run) -> Iterator[str]:
+    """What the run did not have to do, because an earlier one had done it."""
+    if counts := run.checkpoint.taken:
+        found = ", ".join(f"{stage} {count}" for stage, count in counts.items())
+        yield f"results taken from '{run.config.work_dir}': {found}"
