@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, Event, QuantParams, QuantSpec, TensorStats
 from onnx_attnround.runtime.session import first_line, open_session
 from onnx_attnround.samples import Feeds, Samples
+from onnx_attnround.samples.mask import find_mask, tokens, zero_padding
 
 __all__ = ["OBSERVERS", "Calibration", "Observer", "calibrate", "left_out_note"]
 
@@ -56,8 +58,9 @@ def calibrate(
     tensor at the end of its chain. ``config`` tells the observer, the device, and
     how many samples to run at a time at most. What only feeds a Softmax is
     bounded by what that can tell apart; elsewhere, elements that are NaN or infinite do not
-    count. Raises ``CalibrationError`` if ONNX Runtime fails on a sample or a tensor holds
-    nothing else, ``ModelError`` if a tensor is unknown.
+    count, and neither do padded tokens, where the model has a mask of them. Raises
+    ``CalibrationError`` if ONNX Runtime fails on a sample or a tensor holds nothing else,
+    ``ModelError`` if a tensor is unknown.
     """
     roots = {name: _root(name, same_range) for name in (*activations, *same_range)}
     specs: dict[str, QuantSpec] = {}
@@ -70,7 +73,8 @@ def calibrate(
     bounds = SoftmaxBounds(model, specs.keys(), most_bits)
     exposed, constants = _exposed(model, names := [*specs, *sorted(bounds.observed - specs.keys())])
     session = open_session(exposed, threads=config.threads, device=config.device)
-    for name, value in _runs(session, names, constants, samples, config.batch_size, on_event):
+    size, mask = config.batch_size, find_mask(model)
+    for name, value in _runs(session, names, constants, samples, size, mask, on_event):
         bounds.update(name, value)
         if name in watches:
             watches[name].update(value)
@@ -172,9 +176,10 @@ def _runs(
     constants: Mapping[str, Array],
     samples: Samples,
     batch_size: int,
+    mask: str | None,
     on_event: Callable[[Event], None],
 ) -> Iterator[tuple[str, Array]]:
-    """Each named tensor's value, batch after batch; constants come once."""
+    """Each named tensor's value, batch after batch, 0 at padded tokens; constants come once."""
     fed = {value.name for value in session.get_inputs()} & set(names)
     fetched = [name for name in names if name not in fed and name not in constants]
     for name in constants:
@@ -182,8 +187,9 @@ def _runs(
     size = _affordable(session, fetched, samples, batch_size)
     done = 0
     for feeds in samples.batches(size):
-        yield from ((name, feeds[name]) for name in fed)
-        yield from _run(session, fetched, feeds)
+        values = chain(((name, feeds[name]) for name in fed), _run(session, fetched, feeds))
+        kept = tokens(feeds, mask)
+        yield from ((name, zero_padding(value, kept)) for name, value in values)
         rows = min((len(feed) for feed in feeds.values() if feed.ndim), default=1)
         done = min(done + rows, samples.count)
         on_event(Event(stage="calibrate", done=done, total=samples.count, detail="samples"))

@@ -7,6 +7,7 @@ stage reads are kept; the prefix is never run again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,10 +21,13 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import parted_choices, reads_of, take_choices
 from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.cuts import Stage, Ties, cut, cut_blocks, extract, raw_names
-from onnx_attnround.records import LayerPlan
+from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.runtime.device import Value, placed, release, run_on
 from onnx_attnround.runtime.session import first_line, open_session
-from onnx_attnround.samples import Samples
+from onnx_attnround.samples import Feeds, Samples
+from onnx_attnround.samples.mask import counted, find_mask, tokens
+
+_BY_TOKEN = frozenset({"Gemm", "MatMul"})
 
 
 class Walk:
@@ -48,7 +52,10 @@ class Walk:
         device: torch.device,
     ) -> None:
         names = [layer.node for layer in layers]
-        self._feeds = _placed(samples, batch_size, device)
+        self._layers = layers
+        self._mask = find_mask(model)
+        self._tokens: list[Array | None] = []
+        self._feeds = _placed(self._seen(samples.batches(batch_size)), device)
         taken: dict[str, str] = {}
         if quantised is not None:
             taken = take_choices(quantised, model, parted_choices(model, quantised))
@@ -73,11 +80,24 @@ class Walk:
     def inputs(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per batch the float input of layer ``index`` and that of the quantised prefix.
 
-        The latter are codes where the tensor is quantised.
+        The latter are codes where the tensor is quantised. Padded tokens are NaN in the
+        former, so that the moments leave them out.
         """
         plain, quantised = self._streams[0], self._streams[-1]
+        by_token = self._layers[index].op_type in _BY_TOKEN
         for batch in range(self._batches):
-            yield plain.layer_input(index, batch), quantised.layer_input(index, batch)
+            x, v = plain.layer_input(index, batch), quantised.layer_input(index, batch)
+            kept = counted(tuple(x.shape), self._tokens[batch]) if by_token else None
+            if kept is not None:
+                padded = torch.from_numpy(~kept[..., None]).to(x.device)
+                x = x.masked_fill(padded, math.nan)
+            yield x, v
+
+    def _seen(self, batches: Iterator[Feeds]) -> Iterator[Feeds]:
+        """The batches, of which it is kept in mind which tokens count."""
+        for feeds in batches:
+            self._tokens.append(tokens(feeds, self._mask))
+            yield feeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +137,7 @@ class BlockWalk:
     ) -> None:
         names = [[layer.node for layer in block] for block in blocks]
         self.samples = samples.count
-        self._feeds = _placed(samples, batch_size, device)
+        self._feeds = _placed(samples.batches(batch_size), device)
         self.model = model.clone()
         """The float model, with what it chooses and draws as inputs, as blocks read them."""
         nodes = parted_choices(model, quantised)
@@ -161,10 +181,8 @@ class BlockWalk:
         )
 
 
-def _placed(
-    samples: Samples, batch_size: int, device: torch.device
-) -> Iterator[dict[str, Value]]:
-    for feeds in samples.batches(batch_size):
+def _placed(batches: Iterator[Feeds], device: torch.device) -> Iterator[dict[str, Value]]:
+    for feeds in batches:
         yield {name: placed(values, device) for name, values in feeds.items()}
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_attnround.records import Array, Event, LayerPlan
 from onnx_attnround.runtime.session import ACCURACY_LEVEL, exact_activations
 from onnx_attnround.samples import Samples
+from onnx_attnround.samples.mask import find_mask
 from onnx_attnround.verify.collapse import slice_name
 from onnx_attnround.verify.compare import (
     LAYER_SAMPLES,
@@ -81,6 +82,7 @@ def verify(
     count, outputs, accuracy = compare_outputs(
         comparison.run,
         batches(samples, BATCH, limit),
+        find_mask(float_model),
         labels,
         step,
     )
@@ -124,6 +126,7 @@ def output_sqnr(
     _, sums, _ = compare_outputs(
         open_comparison((float_model, quantised), threads).run,
         batches(samples, BATCH, limit),
+        find_mask(float_model),
         labels=None,
         step=lambda detail, count: None,
     )

@@ -14,6 +14,7 @@ from onnx_attnround.errors import CalibrationError, OutputError
 from onnx_attnround.graph import input_specs
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.samples import Samples
+from onnx_attnround.samples.mask import find_mask, tokens, without_padding
 from onnx_attnround.verify.collapse import LEAST_DB, collapse
 from onnx_attnround.verify.results import Accuracy, OutputComparison
 from onnx_attnround.verify.runs import Feed, Models, Outputs, Step, sample_count
@@ -25,14 +26,17 @@ LAYER_BATCH = 8  # every layer's output of a batch is held at once
 
 
 def compare_outputs(
-    run: Pair, feeds: Iterator[Feed], labels: Array | None, step: Step
+    run: Pair, feeds: Iterator[Feed], mask: str | None, labels: Array | None, step: Step
 ) -> tuple[int, dict[str, OutputSums], Accuracy | None]:
-    """One pass of both models: samples seen, sums per graph output, and top-1."""
+    """One pass of both models: samples seen, sums per graph output, and top-1.
+
+    ``mask`` is the input that tells tokens from padding, which is left out.
+    """
     done, sums, correct = 0, dict[str, OutputSums](), np.zeros(2, np.int64)
     for feed in feeds:
         expected, got = run(feed)
         for name, value in expected.items():
-            sums.setdefault(name, OutputSums(name)).add(value, got[name])
+            sums.setdefault(name, OutputSums(name)).add(value, got[name], tokens(feed, mask))
         if labels is not None:
             wanted = labels[done : done + sample_count(feed)]
             correct += [_correct(outputs, expected, wanted) for outputs in (expected, got)]
@@ -56,10 +60,11 @@ def compare_layers(
     if not found:
         return {}
     run, sums = open_shared(models, list(found), threads), dict[str, Sums]()
+    mask = find_mask(models[0])
     for feed in batches(samples, LAYER_BATCH, LAYER_SAMPLES):
         expected, got = run(feed)
         for name, value in expected.items():
-            sums.setdefault(name, Sums(name)).add(value, got[name])
+            sums.setdefault(name, Sums(name)).add(value, got[name], tokens(feed, mask))
         step("layers", sample_count(feed))
     return {found[name]: total.sqnr_db for name, total in sums.items()}
 
@@ -106,8 +111,11 @@ class Sums:
         self.signal = self.noise = self.worst = 0.0
         self.agreeing = self.judged = 0
 
-    def add(self, expected: Any, got: Any) -> None:
-        """Add one batch; raises ``OutputError`` on another shape, or NaN/Inf in ``got`` alone."""
+    def add(self, expected: Any, got: Any, mask: Array | None = None) -> None:
+        """Add one batch, at the tokens of ``mask`` if it has tokens.
+
+        Raises ``OutputError`` on another shape, or NaN/Inf in ``got`` alone.
+        """
         self.comparable = isinstance(expected, np.ndarray) and expected.dtype.kind in "biuf"
         if not self.comparable:
             return
@@ -117,7 +125,7 @@ class Sums:
                 f"expected {list(expected.shape)} as in the float model; please report this"
             )
         self.floating = expected.dtype.kind == "f"
-        self._add_error(expected, got)
+        self._add_error(without_padding(expected, mask), without_padding(got, mask))
         self._add_agreement(expected, got)
 
     def _add_error(self, expected: Array, got: Array) -> None:
