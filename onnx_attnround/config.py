@@ -123,6 +123,12 @@ class QuantConfig(Settings):
         "Bits of single activations, by the name of the tensor or a glob of names; 32 leaves them "
         "float",
     )
+    float_stem: Literal["auto", "never"] = _key(
+        _BITS,
+        "auto",
+        "Whether the first activations stay float where, rounded, they alone cause most of the "
+        "error at the outputs",
+    )
     method: Literal["attention", "adaround", "nearest"] = _key(
         _METHOD, "attention", "How weights are rounded"
     )

@@ -148,7 +148,7 @@ _GRIDS = ("attnround/scale", "attnround/low", "attnround/high")
 
 def _judged(samples: Samples, batch_size: int) -> list[Feeds]:
     """Batches of some samples, spread over all of them."""
-    parted = getattr(samples,'split',lambda n:None)(JUDGED_SAMPLES)
+    parted = samples.split(JUDGED_SAMPLES)
     chosen, used = [], 0
     for feeds in (samples if parted is None else parted[1]).batches(batch_size):
         chosen.append(feeds)

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
+from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
 from onnx_attnround.calibrate import Calibration, calibrate, left_out_note
 from onnx_attnround.check import UNPACKING_OP, Checked, check
 from onnx_attnround.checkpoint import TAKEN, check_work_dir, open_checkpoint
@@ -213,6 +214,7 @@ def prepare(run: Run, given: Loaded) -> Prepared:
     with run.stage("calibrate"):
         ranges = _calibrate(run, simplified, plan, samples)
         run.notes += left_out_note(ranges)
+        simplified, plan, ranges = _with_float_stem(run, simplified, plan, ranges, samples)
     if samples is not None and run.config.method != "nearest":
         run.notes += few_rows(plan, ranges, samples.count)
     errors = _measure(run, simplified, plan, samples)
@@ -357,6 +359,28 @@ def _calibrate(
     )
     run.checkpoint.put(found, "calibrate")
     return found
+
+
+def _with_float_stem(
+    run: Run, model: ir.Model, plan: QuantPlan, ranges: Calibration, samples: Samples | None
+) -> tuple[ir.Model, QuantPlan, Calibration]:
+    """Model, plan and ranges once more, where the first activations had better stay float."""
+    config = run.config
+    floats = plan.target.placement != "everything"
+    if samples is None or config.float_stem == "never" or config.act_bits != 8 or not floats:
+        return model, plan, ranges
+    stem: FloatStem | None = run.checkpoint.get("stem")
+    if stem is None:
+        stem = find_float_stem(model, plan, ranges.params, samples, config)
+        run.checkpoint.put(stem, "stem")
+    if not stem.tensors:
+        return model, plan, ranges
+    run.notes.append(stem.note)
+    bits = dict.fromkeys(stem.tensors, 32) | config.activation_bits
+    changed = config.model_copy(update={"activation_bits": bits})
+    model, plan = _plan(model, changed, quantise_activations=True)
+    kept = {name: params for name, params in ranges.params.items() if name in plan.activations}
+    return model, plan, replace(ranges, params=kept)
 
 
 def _measure(
