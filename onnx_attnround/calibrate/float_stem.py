@@ -49,8 +49,8 @@ class FloatStem:
         """What was done and what it gained, in a sentence."""
         first, last = self.tensors[0], self.tensors[-1]
         return (
-            f"the first {len(self.tensors)} activations, '{first}' to '{last}', stay float: rounded, "
-            f"they raise the error of the outputs from {self.float_db:.1f} to "
+            f"the first {len(self.tensors)} activations, '{first}' to '{last}', stay float: "
+            f"rounded, they raise the error of the outputs from {self.float_db:.1f} to "
             f"{self.rounded_db:.1f} dB; `float_stem` = never rounds them all the same"
         )
 

@@ -11,8 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
-from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
 from onnx_attnround.calibrate import Calibration, calibrate, left_out_note
+from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
 from onnx_attnround.check import UNPACKING_OP, Checked, check
 from onnx_attnround.checkpoint import TAKEN, check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig

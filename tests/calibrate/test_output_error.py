@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_models import build
@@ -53,9 +55,8 @@ def test_a_finer_grid_has_less_error() -> None:
     model, samples = opened(PASSES, rare(6.0))
     rounded = RoundedModel(model, ["r"], samples, CONFIG)
     coarse, fine = (
-        rounded.error({"r": params_from_range(QuantSpec(bits=bits, signed=False, symmetric=False), 0, 6)})
-        for bits in (4, 8)
-    )  # fmt: skip
+        rounded.error({"r": params_from_range(replace(U8, bits=bits), 0.0, 6.0)}) for bits in (4, 8)
+    )
     assert coarse > fine + 3
 
 
