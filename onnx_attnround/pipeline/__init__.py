@@ -11,10 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
-from onnx_attnround.calibrate import Calibration, calibrate, left_out_note
-from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
+from onnx_attnround.calibrate import Calibration, left_out_note
 from onnx_attnround.check import UNPACKING_OP, Checked, check
-from onnx_attnround.checkpoint import TAKEN, check_work_dir, open_checkpoint
+from onnx_attnround.checkpoint import check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import GateError, ModelError, OutputError
 from onnx_attnround.ops import weight_matrix
@@ -28,14 +27,11 @@ from onnx_attnround.pipeline.open_inputs import (
     open_calibration,
     open_evaluation,
 )
-from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.plan.bits import allocate, measures
-from onnx_attnround.plan.split_inputs import part_floats, part_layers
 from onnx_attnround.records import (
     Array,
     BitAllocation,
     BlockRounding,
-    Event,
     LayerErrors,
     LayerRounding,
     QuantParams,
