@@ -26,18 +26,18 @@ def fold_batch_norm(model: ir.Model) -> int:
 
 
 def _fold(graph: ir.Graph, norm: ir.Node) -> bool:
-    layer = _layer_before(norm)
+    layer = layer_behind(norm.inputs[0])
     if layer is None:
         return False
     weight, old_bias = (*layer.inputs[1:3], None)[:2]
     values = weight, *norm.inputs[1:5]
     constants = [data for value in values if (data := constant(value)) is not None]
-    bias = _bias(layer, old_bias)
+    bias = bias_of(layer, old_bias)
     if bias is None or len(constants) != len(values):
         return False
     kernel, gamma, beta, mean, variance = constants
     scale = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
-    replace_constant(layer, 1, weight, _scale_outputs(layer, kernel, scale))
+    replace_constant(layer, 1, weight, scale_outputs(layer, kernel, scale))
     layer.resize_inputs(3)
     replace_constant(layer, 2, old_bias or norm.inputs[2], scale * (bias - mean) + beta)
     take_over_output(graph, layer, norm)
@@ -52,16 +52,15 @@ def _is_fixed(norm: ir.Node) -> bool:
     return norm.domain == "" and not training and norm.attributes.get_int("spatial", 1) == 1
 
 
-def _layer_before(norm: ir.Node) -> ir.Node | None:
-    """The layer whose output only ``norm`` reads, if there is one."""
-    y = norm.inputs[0]
+def layer_behind(y: ir.Value | None) -> ir.Node | None:
+    """The layer that makes ``y``, if one node alone reads that."""
     layer = None if y is None else y.producer()
     if y is None or layer is None or layer.domain != "" or layer.op_type not in _LAYERS:
         return None
     return layer if is_read_once(y) else None
 
 
-def _bias(layer: ir.Node, value: ir.Value | None) -> Array | None:
+def bias_of(layer: ir.Node, value: ir.Value | None) -> Array | None:
     """The bias in float64, 0 if there is none; ``None`` if it is not one number per channel."""
     if value is None:
         return np.zeros(1)
@@ -71,7 +70,7 @@ def _bias(layer: ir.Node, value: ir.Value | None) -> Array | None:
     return data.reshape(-1) if layer.attributes.get_float("beta", 1.0) == 1.0 else None
 
 
-def _scale_outputs(layer: ir.Node, weight: Array, scale: Array) -> Array:
+def scale_outputs(layer: ir.Node, weight: Array, scale: Array) -> Array:
     """``weight`` with the part that makes output channel ``n`` multiplied by ``scale[n]``."""
     if layer.op_type == "ConvTranspose":  # [Cin, Cout / groups, ...], Cin in blocks of a group
         groups = layer.attributes.get_int("group", 1)

@@ -33,11 +33,16 @@ def replace_constant(node: ir.Node, index: int, old: ir.Value | None, data: Arra
         old.const_value, old.shape = tensor, ir.Shape(data.shape)
         node.replace_input_with(index, old)
         return
-    taken = ir.convenience.create_value_mapping(node.graph)
-    tensor.name = next(name for i in count() if (name := f"{old.name}_{i}") not in taken)
+    node.replace_input_with(index, add_constant(node.graph, f"{old.name}", tensor))
+
+
+def add_constant(graph: ir.Graph, stem: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """An initializer with ``tensor``, whose name is ``stem`` and a number."""
+    taken = ir.convenience.create_value_mapping(graph)
+    tensor.name = next(name for i in count() if (name := f"{stem}_{i}") not in taken)
     new = ir.val(tensor.name, const_value=tensor)
-    node.graph.register_initializer(new)
-    node.replace_input_with(index, new)
+    graph.register_initializer(new)
+    return new
 
 
 def take_over_output(graph: ir.Graph, layer: ir.Node, last: ir.Node) -> None:

@@ -17,7 +17,7 @@ def give_own_bias(model: ir.Model) -> int:
 
 def _give(layer: ir.Node) -> bool:
     bias = layer.inputs[2] if len(layer.inputs) > 2 else None
-    data, outputs = constant(bias), _outputs(layer)
+    data, outputs = constant(bias), outputs_of(layer)
     if bias is None or data is None or outputs is None:
         return False
     broadcast = data.size == 1 and data.size != outputs
@@ -27,7 +27,7 @@ def _give(layer: ir.Node) -> bool:
     return True
 
 
-def _outputs(layer: ir.Node) -> int | None:
+def outputs_of(layer: ir.Node) -> int | None:
     """The number of output channels, ``None`` where the weight is no constant."""
     weight = layer.inputs[1]
     if weight is None or weight.const_value is None:

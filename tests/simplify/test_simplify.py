@@ -148,7 +148,7 @@ def test_scale_after_a_folded_batch_norm_folds_too() -> None:
             y = Add(m, shift)
         }}"""
     )
-    assert ops(check(model)[0]) == ["Conv", "Add"]
+    assert ops(check(model)[0]) == ["Conv"]
 
 
 def test_attention_keeps_its_layers() -> None:
