@@ -123,6 +123,12 @@ class QuantConfig(Settings):
         "Bits of single activations, by the name of the tensor or a glob of names; 32 leaves them "
         "float",
     )
+    float_stem: Literal["auto", "never"] = _key(
+        _BITS,
+        "auto",
+        "Whether the first activations stay float where, rounded, they alone cause most of the "
+        "error at the outputs",
+    )
     method: Literal["attention", "adaround", "nearest"] = _key(
         _METHOD, "attention", "How weights are rounded"
     )
@@ -132,8 +138,11 @@ class QuantConfig(Settings):
         "What is matched to the float model: each layer, or then each block of layers too, with "
         "activations quantised in the loop, which takes some five times as long",
     )
-    observer: Literal["minmax", "percentile", "entropy", "mse"] = _key(
-        _METHOD, "mse", "How activation ranges are found"
+    observer: Literal["auto", "minmax", "percentile", "entropy", "mse"] = _key(
+        _METHOD,
+        "auto",
+        "How activation ranges are found; auto chooses between those of least squares (mse) and "
+        "the extrema (minmax) by the error at the model's outputs",
     )
     samples: Annotated[int, Field(ge=1)] = _key(_SAMPLES, 1024, "Calibration samples used at most")
     holdout: Annotated[float, Field(ge=0, lt=1)] | None = _key(

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnx_attnround.calibrate.observers import OBSERVERS, Observer
+from onnx_attnround.calibrate.output_error import choose_ranges
 from onnx_attnround.calibrate.softmax_bounds import FREE, Limits, SoftmaxBounds
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ModelError
@@ -83,6 +84,12 @@ def calibrate(
         root: params_from_range(spec, *watches[root].range(spec, limits.get(root, FREE)))
         for root, spec in specs.items()
     }
+    if config.observer == "auto":
+        extrema = {
+            root: params_from_range(spec, *watches[root].extrema(limits.get(root, FREE)))
+            for root, spec in specs.items()
+        }
+        params = choose_ranges(model, params, extrema, samples, config)
     return Calibration(
         stats={root: watch.observer.stats(root) for root, watch in watches.items()},
         params={name: params[root] for name, root in roots.items() if root in specs},
@@ -146,18 +153,23 @@ class _Watch:
         Beyond those are masks, next to which a histogram tells nothing of the rest. Raises
         ``CalibrationError`` where there is not one finite element.
         """
-        seen, (below, above) = self.observer.stats(self.name), self.infinite
-        low, high = limits
-        cut_low = math.isfinite(low) and (below or seen.lo < low)
-        cut_high = math.isfinite(high) and (above or seen.hi > high)
-        if cut_low or cut_high:
-            return low if cut_low else seen.lo, high if cut_high else seen.hi
+        extrema = self.extrema(limits)
+        if extrema != self.extrema(FREE):
+            return extrema
         if self.elements and self.not_finite == self.elements:
             raise CalibrationError(
                 f"tensor '{self.name}' holds NaN or Inf alone on the calibration samples: "
                 "check the samples' preprocessing, or give it 32 bits, float, in `activation_bits`"
             )
         return self.observer.range(spec)
+
+    def extrema(self, limits: Limits) -> tuple[float, float]:
+        """The extrema as observed, or what of them lies within the ``limits``."""
+        seen, (below, above) = self.observer.stats(self.name), self.infinite
+        low, high = limits
+        cut_low = math.isfinite(low) and (below or seen.lo < low)
+        cut_high = math.isfinite(high) and (above or seen.hi > high)
+        return low if cut_low else seen.lo, high if cut_high else seen.hi
 
 
 def _root(name: str, same_range: Mapping[str, str]) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
-from onnx_attnround.calibrate import Calibration, calibrate, left_out_note
+from onnx_attnround.calibrate import Calibration, left_out_note
 from onnx_attnround.check import UNPACKING_OP, Checked, check
-from onnx_attnround.checkpoint import TAKEN, check_work_dir, open_checkpoint
+from onnx_attnround.checkpoint import check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import GateError, ModelError, OutputError
 from onnx_attnround.ops import weight_matrix
+from onnx_attnround.pipeline.activations import plan_parted, ranges_of, with_float_stem
 from onnx_attnround.pipeline.context import OnEvent, Run
 from onnx_attnround.pipeline.memory_limit import within_limit
 from onnx_attnround.pipeline.notes import few_rows, taken, unblocked
@@ -26,14 +27,11 @@ from onnx_attnround.pipeline.open_inputs import (
     open_calibration,
     open_evaluation,
 )
-from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.plan.bits import allocate, measures
-from onnx_attnround.plan.split_inputs import part_floats, part_layers
 from onnx_attnround.records import (
     Array,
     BitAllocation,
     BlockRounding,
-    Event,
     LayerErrors,
     LayerRounding,
     QuantParams,
@@ -68,7 +66,7 @@ def make_plan(
     """What :func:`quantize` would quantise given samples, and with how many bits; runs nothing."""
     config = QuantConfig.of(config, **settings)
     simplified, _ = simplify(_load(model))
-    simplified, plan = _plan(simplified, config, quantise_activations=True)
+    simplified, plan = plan_parted(simplified, config, quantise_activations=True)
     return plan, _allocate(simplified, plan, config, None)
 
 
@@ -211,8 +209,9 @@ def prepare(run: Run, given: Loaded) -> Prepared:
     given, simplified, plan = planned(run, given)
     samples = given.samples
     with run.stage("calibrate"):
-        ranges = _calibrate(run, simplified, plan, samples)
+        ranges = ranges_of(run, simplified, plan, samples)
         run.notes += left_out_note(ranges)
+        simplified, plan, ranges = with_float_stem(run, simplified, plan, ranges, samples)
     if samples is not None and run.config.method != "nearest":
         run.notes += few_rows(plan, ranges, samples.count)
     errors = _measure(run, simplified, plan, samples)
@@ -226,7 +225,7 @@ def planned(run: Run, given: Loaded) -> tuple[Loaded, ir.Model, QuantPlan]:
         run.notes += changes
     with run.stage("plan"):
         quantise_activations = given.samples is not None
-        simplified, plan = _plan(
+        simplified, plan = plan_parted(
             simplified, run.config, quantise_activations=quantise_activations
         )
         return _within_limit(run, given, simplified, plan), simplified, plan
@@ -300,18 +299,6 @@ def _load(model: Path | str | ir.Model) -> ir.Model:
     return graph.load(Path(model))
 
 
-def _plan(
-    model: ir.Model, config: QuantConfig, *, quantise_activations: bool
-) -> tuple[ir.Model, QuantPlan]:
-    """The plan, and the model that it is for, whose layers may read tensors of their own."""
-    plan = plan_model(model, config, quantise_activations=quantise_activations)
-    for part in (part_layers, part_floats):
-        parted = part(model, plan, config)
-        if parted is not model:
-            model, plan = parted, plan_model(parted, config, quantise_activations=True)
-    return model, plan
-
-
 def _within_limit(run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan) -> Loaded:
     """Let the run take no more memory than its limit; the samples in batches as that allows."""
     if (limit := run.config.memory_limit) is None:
@@ -335,28 +322,6 @@ def _allocate(
         return weight_matrix(layers[node], graph.tensor_value(model, layers[node].weight))
 
     return allocate(plan.layers, matrix, config, errors)
-
-
-def _calibrate(
-    run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
-) -> Calibration:
-    if samples is None:
-        return Calibration(stats={}, params={})
-    kept: Calibration | None = run.checkpoint.get("calibrate")
-    if kept is not None:
-        count, detail = samples.count, f"samples{TAKEN}"
-        run.on_event(Event(stage="calibrate", done=count, total=count, detail=detail))
-        return kept
-    found = calibrate(
-        model,
-        plan.activations,
-        samples,
-        run.config,
-        same_range=plan.same_range,
-        on_event=run.on_event,
-    )
-    run.checkpoint.put(found, "calibrate")
-    return found
 
 
 def _measure(

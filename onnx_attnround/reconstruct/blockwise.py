@@ -48,6 +48,7 @@ from onnx_attnround.shadow import Shadow, build_shadow
 
 STEPS = 160  # of Adam, for a block
 MINIBATCH = 32  # samples in a step, at least
+JUDGED_EVERY = 4  # of so many batches one is not trained on, and tells whether a block gained
 FLOAT_SHARE = 0.5  # of a block's input elements that are the float model's, in training
 
 
@@ -88,8 +89,8 @@ def refine_blocks(
 ) -> Refined:
     """Refine block after block, each against what the refined prefix really feeds it.
 
-    A block whose error on all samples does not fall stays as it was, and so does one
-    that cannot run in torch; its record says why. Deterministic for the same inputs.
+    A block whose error on samples that it is not trained on does not fall stays as it was, and
+    so does one that cannot run in torch; its record says why. Deterministic for the same inputs.
     Blocks that ``checkpoint`` holds are taken from it, the others are put there.
     """
     checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
@@ -145,6 +146,9 @@ class _Refinement:
         self._model, self._plan, self._config = model, plan, config
         self._result, self._block = result, block
         self._walk, self._index, self._device = walk, index, device
+        every = range(walk.count)
+        self._judged = every[JUDGED_EVERY - 1 :: JUDGED_EVERY] or every
+        self._trained = [number for number in every if number not in self._judged] or every
 
     def run(self) -> Outcome:
         """Round the layers anew, train the block; the best of the three, for ``Refined.add``."""
@@ -218,8 +222,8 @@ class _Refinement:
             adam.zero_grad()
             taken = 0
             while taken < min(MINIBATCH, self._walk.samples):
-                order = order or torch.randperm(self._walk.count, generator=generator).tolist()
-                batch = self._walk.batch(self._index, order.pop())
+                order = order or torch.randperm(len(self._trained), generator=generator).tolist()
+                batch = self._walk.batch(self._index, self._trained[order.pop()])
                 taken += batch.samples
                 loss = _loss(block.forward(_mixed(batch, generator)), batch) * batch.samples
                 if not loss.requires_grad:
@@ -230,10 +234,10 @@ class _Refinement:
             decay.step()
 
     def _error(self, block: QuantisedBlock) -> float:
-        """The loss over all samples, with inputs of the quantised prefix."""
+        """The loss over samples that are not trained on, with inputs of the quantised prefix."""
         total, samples = 0.0, 0
         with torch.no_grad():
-            for batch in self._batches():
+            for batch in (self._walk.batch(self._index, number) for number in self._judged):
                 outputs = block.forward(_tensors(batch.quantised))
                 total += float(_loss(outputs, batch)) * batch.samples
                 samples += batch.samples

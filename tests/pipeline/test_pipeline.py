@@ -95,7 +95,7 @@ def test_learned_rounding_beats_nearest(model: Path, bits: int) -> None:
 
 
 def test_adaround_beats_nearest_and_attention_round_is_no_worse() -> None:
-    """The two learned methods end within a decibel of each other: which is ahead the CPU decides."""
+    """The two learned methods end within a decibel: which is ahead the CPU decides."""
     adaround = sqnr(result_of(weight_bits=3, method="adaround"))
     assert adaround > sqnr(result_of(weight_bits=3, method="nearest")) + 6
     assert sqnr(result_of(weight_bits=3)) > adaround - 3

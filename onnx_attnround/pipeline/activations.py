@@ -1,0 +1,74 @@
+"""The plan and the ranges of activations, and both once more where some stay float."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from onnx_attnround.calibrate import Calibration, calibrate
+from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
+from onnx_attnround.checkpoint import TAKEN
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.pipeline.context import Run
+from onnx_attnround.plan import make_plan
+from onnx_attnround.plan.split_inputs import part_floats, part_layers
+from onnx_attnround.records import Event, QuantPlan
+from onnx_attnround.samples import Samples
+
+
+def plan_parted(
+    model: ir.Model, config: QuantConfig, *, quantise_activations: bool
+) -> tuple[ir.Model, QuantPlan]:
+    """The plan, and the model that it is for, whose layers may read tensors of their own."""
+    plan = make_plan(model, config, quantise_activations=quantise_activations)
+    for part in (part_layers, part_floats):
+        parted = part(model, plan, config)
+        if parted is not model:
+            model, plan = parted, make_plan(parted, config, quantise_activations=True)
+    return model, plan
+
+
+def ranges_of(
+    run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
+) -> Calibration:
+    """The ranges of the activations, observed or from the checkpoint; none without samples."""
+    if samples is None:
+        return Calibration(stats={}, params={})
+    kept: Calibration | None = run.checkpoint.get("calibrate")
+    if kept is not None:
+        count, detail = samples.count, f"samples{TAKEN}"
+        run.on_event(Event(stage="calibrate", done=count, total=count, detail=detail))
+        return kept
+    found = calibrate(
+        model,
+        plan.activations,
+        samples,
+        run.config,
+        same_range=plan.same_range,
+        on_event=run.on_event,
+    )
+    run.checkpoint.put(found, "calibrate")
+    return found
+
+
+def with_float_stem(
+    run: Run, model: ir.Model, plan: QuantPlan, ranges: Calibration, samples: Samples | None
+) -> tuple[ir.Model, QuantPlan, Calibration]:
+    """Model, plan and ranges once more, where the first activations had better stay float."""
+    config = run.config
+    floats = plan.target.placement != "everything"
+    if samples is None or config.float_stem == "never" or config.act_bits != 8 or not floats:
+        return model, plan, ranges
+    stem: FloatStem | None = run.checkpoint.get("stem")
+    if stem is None:
+        stem = find_float_stem(model, plan, ranges.params, samples, config)
+        run.checkpoint.put(stem, "stem")
+    if not stem.tensors:
+        return model, plan, ranges
+    run.notes.append(stem.note)
+    bits = dict.fromkeys(stem.tensors, 32) | config.activation_bits
+    changed = config.model_copy(update={"activation_bits": bits})
+    model, plan = plan_parted(model, changed, quantise_activations=True)
+    kept = {name: params for name, params in ranges.params.items() if name in plan.activations}
+    return model, plan, replace(ranges, params=kept)

@@ -1,0 +1,86 @@
+"""Ranges are judged by what they do to the model's outputs, slice by slice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_models import build
+
+from onnx_attnround import graph
+from onnx_attnround.calibrate import calibrate
+from onnx_attnround.calibrate.output_error import NEGLIGIBLE, RoundedModel
+from onnx_attnround.config import QuantConfig
+from onnx_attnround.qdq.arithmetic import dequantize, params_from_range, quantize
+from onnx_attnround.records import Array, QuantParams, QuantSpec
+from onnx_attnround.samples import open_samples
+
+U8 = QuantSpec(bits=8, signed=False, symmetric=False)
+PASSES = "g (float[N,8] x) => (float[N,8] y) { r = Relu(x)  y = Identity(r) }"
+CONFIG = QuantConfig(threads=1)
+
+
+def rare(peak: float) -> Array:
+    """Many small values, and one large in every thirtieth row."""
+    x = np.random.default_rng(0).normal(size=(240, 8)).astype(np.float32)
+    x[::30, 3] = peak
+    return x
+
+
+def opened(text: str, x: Array) -> tuple[object, object]:
+    model = build(text)
+    return model, open_samples({"x": x}, graph.input_specs(model))
+
+
+def test_rounds_as_the_written_file_does() -> None:
+    x = rare(6.0)
+    model, samples = opened(PASSES, x)
+    params = params_from_range(U8, 0.0, 3.0)
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    zero = float(params.zero_point)
+    for feeds, expected in zip(rounded._feeds, rounded._expected, strict=True):
+        (got,) = rounded._run(rounded._session, {**feeds, **rounded._table({"r": params})})
+        codes = quantize(expected[0], params.scale, zero, 0, 255)
+        np.testing.assert_allclose(got, dequantize(codes, params.scale, zero), rtol=1e-6)
+
+
+def test_without_ranges_nothing_is_rounded() -> None:
+    model, samples = opened(PASSES, rare(6.0))
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    assert rounded.error({}) == pytest.approx(np.log(NEGLIGIBLE), abs=0.1)
+
+
+def test_a_finer_grid_has_less_error() -> None:
+    model, samples = opened(PASSES, rare(6.0))
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    coarse, fine = (
+        rounded.error({"r": params_from_range(replace(U8, bits=bits), 0.0, 6.0)}) for bits in (4, 8)
+    )
+    assert coarse > fine + 3
+
+
+def chosen(text: str, x: Array, names: list[str]) -> dict[str, QuantParams]:
+    model, samples = opened(text, x)
+    found = calibrate(
+        model, dict.fromkeys(names, U8), samples, CONFIG, same_range={},
+        on_event=lambda event: None,
+    )  # fmt: skip
+    return dict(found.params)
+
+
+def top(params: QuantParams) -> float:
+    return float(params.scale) * (255 - float(params.zero_point))
+
+
+def test_large_values_that_decide_an_output_are_kept() -> None:
+    """A score that only a rare large value raises: its slice is nothing without it."""
+    text = """g (float[N,8] x) => (float[N,8] y) <float[1] five = {5}>
+        { r = Relu(x)  m = Sub(r, five)  y = Relu(m) }"""
+    assert top(chosen(text, rare(9.0), ["r"])["r"]) > 8.0
+
+
+def test_outputs_that_are_no_floats_leave_the_range_of_least_squares() -> None:
+    text = "g (float[N,8] x) => (int64[N,1] y) { r = Relu(x)  y = ArgMax<axis=1>(r) }"
+    usual = chosen(text, rare(9.0), ["r"])["r"]
+    assert 1.0 < top(usual) <= 9.1
