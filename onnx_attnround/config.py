@@ -138,11 +138,11 @@ class QuantConfig(Settings):
         "What is matched to the float model: each layer, or then each block of layers too, with "
         "activations quantised in the loop, which takes some five times as long",
     )
-    observer: Literal["auto", "minmax", "percentile", "entropy", "mse"] = _key(
+    observer: Literal["minmax", "percentile", "entropy", "mse"] = _key(
         _METHOD,
-        "auto",
-        "How activation ranges are found; auto chooses between those of least squares (mse) and "
-        "the extrema (minmax) by the error at the model's outputs",
+        "mse",
+        "How activation ranges are found: the extrema, or what another criterion leaves of them, "
+        "widened where the model's outputs ask for it",
     )
     samples: Annotated[int, Field(ge=1)] = _key(_SAMPLES, 1024, "Calibration samples used at most")
     holdout: Annotated[float, Field(ge=0, lt=1)] | None = _key(

@@ -84,7 +84,7 @@ def calibrate(
         root: params_from_range(spec, *watches[root].range(spec, limits.get(root, FREE)))
         for root, spec in specs.items()
     }
-    if config.observer == "auto":
+    if specs and config.observer != "minmax":
         extrema = {
             root: params_from_range(spec, *watches[root].extrema(limits.get(root, FREE)))
             for root, spec in specs.items()

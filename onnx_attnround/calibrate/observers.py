@@ -263,7 +263,6 @@ OBSERVERS: dict[str, Callable[[], Observer]] = {
     "percentile": Percentile,
     "entropy": Entropy,
     "mse": MeanSquare,
-    "auto": MeanSquare,  # and the extrema; the model's outputs choose (output_error.py)
 }
 
 

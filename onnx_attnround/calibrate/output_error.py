@@ -39,34 +39,38 @@ LENGTHS = range(2, 513)
 NEGLIGIBLE = 1e-6
 """An error of this share of the power is as good as none: 60 dB."""
 
+KEPT = 0.5
+"""An extreme that keeps less than this share of its distance from its slice's mean is lost."""
+
 _TINY = 1e-30
 Grid = tuple[float, float, float]
 """Scale, and the lowest and highest level in steps from zero."""
 
 
-WIDTHS = (0.0, 0.25, 0.5, 1.0)
-"""Candidates for ranges: how far they go from that of least squares to the extrema."""
+WIDTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Candidates for ranges: how far they go from what an observer finds to the extrema."""
 
 
 def choose_ranges(
     model: ir.Model,
-    squares: Mapping[str, QuantParams],
+    observed: Mapping[str, QuantParams],
     extrema: Mapping[str, QuantParams],
     samples: Samples,
     config: QuantConfig,
 ) -> dict[str, QuantParams]:
     """The parameters of all tensors whose ranges cause the least error at the outputs.
 
-    A range lies between that of least mean squared error and the extrema, geometrically; how
-    far, is one choice for the model: of each tensor by itself, few samples tell too little.
+    A range lies between the ``observed`` one and the extrema, geometrically; how far, is one
+    choice for the model: of each tensor by itself, few samples tell too little. Ranges that
+    lose fewer extremes of the outputs come first, then those of less error.
     Raises ``CalibrationError`` where ONNX Runtime fails on the samples.
     """
-    rounded = RoundedModel(model, list(squares), samples, config)
+    rounded = RoundedModel(model, list(observed), samples, config)
     candidates = {
-        width: {name: _between(params, extrema[name], width) for name, params in squares.items()}
+        width: {name: _between(params, extrema[name], width) for name, params in observed.items()}
         for width in WIDTHS
     }
-    return min(candidates.values(), key=rounded.error)
+    return min(candidates.values(), key=rounded.judge)
 
 
 def _between(inner: QuantParams, outer: QuantParams, width: float) -> QuantParams:
@@ -106,27 +110,30 @@ class RoundedModel:
         self._outputs = [o.name for o in self._session.get_outputs() if "float" in o.type]
         self._feeds = list(_judged(samples, min(config.batch_size, BATCH)))
         plain = open_session(model, threads=config.threads, device=config.device)
-        self._expected = [self._run(plain, feeds) for feeds in self._feeds]
-        self._slices = [_Slices.of(batches) for batches in zip(*self._expected, strict=True)]
+        expected = [self._run(plain, feeds) for feeds in self._feeds]
+        self._slices = [Slices(batches) for batches in zip(*expected, strict=True)]
 
-    def error(self, params: Mapping[str, QuantParams]) -> float:
-        """Mean over samples and float outputs of the logarithm (base e) of their error.
+    def judge(self, params: Mapping[str, QuantParams]) -> tuple[int, float]:
+        """How many extremes of the outputs are lost, and the error; tensors without stay float.
 
-        The error of a sample is the mean over the slices of an output, along each axis of
-        moderate length, of error power over the slice's mean power; half of it weighted by the
-        square of what is expected, so that the few large values of a slice, the scores
-        of what is found, are not lost among the many small. By the logarithm no single hard
-        sample decides. Tensors without parameters stay float.
+        The error is the mean over samples and float outputs of a logarithm (base e): that of
+        the mean over the slices of an output, along each axis of moderate length, of error
+        power over the slice's mean power; half of it weighted by the square of what is
+        expected, so that the few large values of a slice are not lost among the many small.
+        By the logarithm no single hard sample decides.
         """
         grids = self._table(params)
-        logs: list[Array] = []
-        for feeds, expected in zip(self._feeds, self._expected, strict=True):
-            got = self._run(self._session, {**feeds, **grids})
-            logs += [
-                np.log(NEGLIGIBLE + slices.errors(*pair))
-                for slices, *pair in zip(self._slices, expected, got, strict=True)
-            ]
-        return float(np.concatenate(logs).mean()) if logs else 0.0
+        got = [self._run(self._session, {**feeds, **grids}) for feeds in self._feeds]
+        lost, logs = 0, list[Array]()
+        for slices, batches in zip(self._slices, zip(*got, strict=True), strict=True):
+            errors, missing = slices.compare(batches)
+            lost += missing
+            logs.append(np.log(NEGLIGIBLE + errors))
+        return lost, float(np.concatenate(logs).mean()) if logs else 0.0
+
+    def error(self, params: Mapping[str, QuantParams]) -> float:
+        """The error alone, as :meth:`judge` has it."""
+        return self.judge(params)[1]
 
     def _table(self, params: Mapping[str, QuantParams]) -> dict[str, Array]:
         free = (2.0**-100, -np.inf, np.inf)
@@ -194,64 +201,93 @@ def _with_grids(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Slices:
-    """The slices of one output that count: by axis, what errors of each are measured by.
+class Slices:
+    """The slices of one output along each axis of moderate length, as the float model gives them.
 
-    That are the means over the samples of power, and of power times square; infinite for
-    slices that do not count.
+    An output has one slice, itself, if it has no such axis or its shape changes.
     """
 
-    units: Mapping[int, tuple[Array, Array]]
+    def __init__(self, batches: Sequence[Array]) -> None:
+        self._rows = [len(np.atleast_1d(values)) for values in batches]
+        self._fixed = len({values.shape[1:] for values in batches}) == 1
+        self.expected = self._joined(batches)
+        lengths = self.expected.shape[1:] if self._fixed else ()
+        self._axes = [axis for axis, length in enumerate(lengths, 1) if length in LENGTHS] or [0]
+        largest = float(np.abs(self.expected).max(initial=0.0))
+        self._along = [_Along.of(self._sliced(self.expected, axis), largest) for axis in self._axes]
+
+    def compare(self, batches: Sequence[Array]) -> tuple[Array, int]:
+        """The error of each sample, and how many extremes of slices are lost.
+
+        Where the shapes are others, each sample has the error 1.
+        """
+        got = self._joined(batches)
+        if got.shape != self.expected.shape:
+            return np.ones(sum(self._rows)), 0
+        found, lost = [], 0
+        for axis, along in zip(self._axes, self._along, strict=True):
+            expected, other = self._sliced(self.expected, axis), self._sliced(got, axis)
+            found.append(along.errors(expected, other))
+            lost += along.lost(other)
+        return np.mean(found, 0), lost
+
+    def _joined(self, batches: Sequence[Array]) -> Array:
+        """All samples ``[n, ...]``, float64; of changing shapes what they have in common: none."""
+        finite = [np.where(np.isfinite(v), v, 0.0).astype(np.float64) for v in batches]
+        if self._fixed and len({values.shape[1:] for values in batches}) == 1:
+            return np.concatenate([np.atleast_1d(values) for values in finite])
+        return np.concatenate([values.ravel() for values in finite])
+
+    def _sliced(self, values: Array, axis: int) -> Array:
+        """``[n, slices, elements]``."""
+        if axis == 0:
+            return values.reshape(len(values), 1, -1)
+        moved = np.moveaxis(values, axis, 1)
+        return moved.reshape(*moved.shape[:2], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Along:
+    """What errors of the slices along one axis are measured by.
+
+    ``powers`` and ``squares`` are the means over samples of sums of squares and of fourth
+    powers; ``counted`` are the slices that count. ``extremes`` are where each slice has its
+    highest and its lowest value, and these values; they are measured from ``means``. All
+    are ``[slices]``.
+    """
+
+    powers: Array
+    squares: Array
+    counted: Array
+    means: Array
+    extremes: tuple[tuple[Array, Array], ...]
 
     @classmethod
-    def of(cls, batches: Sequence[Array]) -> _Slices:
-        """From what the float model gives; axes whose length changes have none."""
-        shapes = {values.shape[1:] for values in batches}
-        lengths = next(iter(shapes)) if len(shapes) == 1 else ()
-        axes = [axis for axis, length in enumerate(lengths, 1) if length in LENGTHS]
-        rows = max(sum(len(np.atleast_1d(values)) for values in batches), 1)
-        largest = max(float(np.abs(_finite(values)).max(initial=0.0)) for values in batches)
-        units: dict[int, tuple[Array, Array]] = {}
-        for axis in axes or [0]:
-            sums = [
-                np.sum([_summed(_finite(v) ** power, axis).sum(0) for v in batches], 0) / rows
-                for power in (2, 4)
-            ]
-            peak = np.max([_largest(_finite(values), axis) for values in batches], 0)
-            counted = peak > FAINT * largest
-            low, high = (np.where(counted, np.maximum(s, _TINY), np.inf) for s in sums)
-            units[axis] = low, high
-        return cls(units)
+    def of(cls, expected: Array, largest: float) -> _Along:
+        flat = expected.swapaxes(0, 1).reshape(expected.shape[1], -1)
+        found = [flat.argmax(1), flat.argmin(1)]
+        at = np.arange(len(flat))
+        return cls(
+            powers=np.maximum(np.square(expected).sum(2).mean(0), _TINY),
+            squares=np.maximum((expected**4).sum(2).mean(0), _TINY),
+            counted=np.abs(flat).max(1) > FAINT * largest,
+            means=flat.mean(1),
+            extremes=tuple((place, flat[at, place]) for place in found),
+        )
 
     def errors(self, expected: Array, got: Array) -> Array:
-        """The error of each sample ``[n]``; 1 where the two cannot be compared."""
-        if expected.shape != got.shape:
-            return np.ones(len(np.atleast_1d(expected)))
-        wanted = _finite(expected)
-        noise = np.square(_finite(np.where(np.isfinite(expected), got, 0.0)) - wanted)
-        found = []
-        for axis, (powers, squares) in self.units.items():
-            shares = _summed(noise, axis) / powers + _summed(noise * wanted**2, axis) / squares
-            count = max(int(np.isfinite(powers).sum()), 1)
-            found.append(shares.sum(-1) / (2 * count))
-        errors: Array = np.mean(found, 0)
+        """The error of each sample ``[n]``: mean over the slices that count."""
+        noise = np.square(got - expected)
+        shares = noise.sum(2) / self.powers + (noise * expected**2).sum(2) / self.squares
+        errors: Array = shares[:, self.counted].sum(1) / (2 * max(int(self.counted.sum()), 1))
         return errors
 
-
-def _finite(values: Array) -> Array:
-    return np.where(np.isfinite(values), values, 0.0).astype(np.float64)
-
-
-def _summed(values: Array, axis: int) -> Array:
-    """Sums over all but the samples and ``axis``, ``[n, slices]``; axis 0 is all in one."""
-    rows = np.atleast_1d(values)
-    others = tuple(other for other in range(1, rows.ndim) if other != axis)
-    sums: Array = rows.sum(others).reshape(len(rows), -1)
-    return sums
-
-
-def _largest(values: Array, axis: int) -> Array:
-    others = tuple(other for other in range(values.ndim) if other != axis or axis == 0)
-    peaks: Array = np.atleast_1d(np.abs(values).max(others, initial=0.0))
-    return peaks
+    def lost(self, got: Array) -> int:
+        """How many extremes keep less than ``KEPT`` of their distance from the mean."""
+        flat = got.swapaxes(0, 1).reshape(got.shape[1], -1)
+        at, lost = np.arange(len(flat)), 0
+        for place, value in self.extremes:
+            distance = value - self.means
+            kept = (flat[at, place] - self.means) / np.where(distance == 0, 1.0, distance)
+            lost += int(((kept < KEPT) & (distance != 0) & self.counted).sum())
+        return lost

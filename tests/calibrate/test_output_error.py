@@ -10,7 +10,7 @@ from small_models import build
 
 from onnx_attnround import graph
 from onnx_attnround.calibrate import calibrate
-from onnx_attnround.calibrate.output_error import NEGLIGIBLE, RoundedModel
+from onnx_attnround.calibrate.output_error import BATCH, NEGLIGIBLE, RoundedModel
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.qdq.arithmetic import dequantize, params_from_range, quantize
 from onnx_attnround.records import Array, QuantParams, QuantSpec
@@ -39,9 +39,9 @@ def test_rounds_as_the_written_file_does() -> None:
     params = params_from_range(U8, 0.0, 3.0)
     rounded = RoundedModel(model, ["r"], samples, CONFIG)
     zero = float(params.zero_point)
-    for feeds, expected in zip(rounded._feeds, rounded._expected, strict=True):
+    for feeds, expected in zip(rounded._feeds, rounded._slices[0].expected.reshape(-1, BATCH, 8), strict=True):
         (got,) = rounded._run(rounded._session, {**feeds, **rounded._table({"r": params})})
-        codes = quantize(expected[0], params.scale, zero, 0, 255)
+        codes = quantize(expected, params.scale, zero, 0, 255)
         np.testing.assert_allclose(got, dequantize(codes, params.scale, zero), rtol=1e-6)
 
 
