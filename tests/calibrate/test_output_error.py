@@ -39,7 +39,8 @@ def test_rounds_as_the_written_file_does() -> None:
     params = params_from_range(U8, 0.0, 3.0)
     rounded = RoundedModel(model, ["r"], samples, CONFIG)
     zero = float(params.zero_point)
-    for feeds, expected in zip(rounded._feeds, rounded._slices[0].expected.reshape(-1, BATCH, 8), strict=True):
+    wanted = rounded._slices[0].expected.reshape(-1, BATCH, 8)
+    for feeds, expected in zip(rounded._feeds, wanted, strict=True):
         (got,) = rounded._run(rounded._session, {**feeds, **rounded._table({"r": params})})
         codes = quantize(expected, params.scale, zero, 0, 255)
         np.testing.assert_allclose(got, dequantize(codes, params.scale, zero), rtol=1e-6)
@@ -84,3 +85,19 @@ def test_outputs_that_are_no_floats_leave_the_range_of_least_squares() -> None:
     text = "g (float[N,8] x) => (int64[N,1] y) { r = Relu(x)  y = ArgMax<axis=1>(r) }"
     usual = chosen(text, rare(9.0), ["r"])["r"]
     assert 1.0 < top(usual) <= 9.1
+
+
+@pytest.mark.parametrize("observer", ["mse", "percentile", "entropy"])
+def test_no_observer_cuts_off_the_logits_of_what_is_seldom_found(observer: str) -> None:
+    """One object in each sixteenth sample, whose logit lies far from the mass of the others."""
+    text = """g (float[N,400] x) => (float[N,400] y) <float[1] gain = {16}, float[1] shift = {-14}>
+        { r = Relu(x)  m = Mul(r, gain)  a = Add(m, shift)  y = Sigmoid(a) }"""
+    x = np.abs(np.random.default_rng(1).normal(size=(256, 400))).astype(np.float32) * 0.1
+    x[::16, 7] = 1.1
+    model = build(text)
+    samples = open_samples({"x": x}, graph.input_specs(model))
+    found = calibrate(
+        model, {"r": U8}, samples, CONFIG.model_copy(update={"observer": observer}), same_range={},
+        on_event=lambda event: None,
+    )  # fmt: skip
+    assert top(found.params["r"]) > 0.95
