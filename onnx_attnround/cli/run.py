@@ -42,7 +42,7 @@ class Job:
 
         console = console_on(sys.stdout)
         with console.capture() as printed:
-            console.print(found)
+            console.print(found, crop=False)
         sys.stdout.write(worded(printed.get(), self.from_file))
 
 

@@ -9,12 +9,12 @@ from typing import TextIO
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 WIDTH = 160  # columns where the output is no terminal
+GAP = 2  # columns between those of a table
 INDENT = 4  # columns of what stands below a name
 
 
@@ -31,7 +31,7 @@ def console_on(file: TextIO, width: int | None = None) -> Console:
 def plain_text(renderable: RenderableType, width: int) -> str:
     """What a console of that width shows, in lines without blanks at their ends."""
     file = io.StringIO()
-    console_on(file, width).print(renderable)
+    console_on(file, width).print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
@@ -48,14 +48,17 @@ class Rows:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table, or names with what belongs to them."""
-        table = self._table()
-        if Measurement.get(console, options, table).maximum <= options.max_width:
-            yield table
-        else:
-            yield from self._stacked()
+        widths = self._widths()
+        fits = sum(widths) + GAP * len(widths) <= options.max_width
+        yield from [self._table()] if fits else self._stacked(widths)
+
+    def _widths(self) -> list[int]:
+        """The columns that each column of the table takes, headers included."""
+        titles = [header.removeprefix(">") for header in self.headers]
+        return [max(map(cell_len, column)) for column in zip(titles, *self.rows, strict=True)]
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
         for header in self.headers:
             table.add_column(
                 header.removeprefix(">"), justify="right" if header.startswith(">") else "left"
@@ -64,15 +67,13 @@ class Rows:
             table.add_row(*row)
         return table
 
-    def _stacked(self) -> Iterator[RenderableType]:
+    def _stacked(self, widths: Sequence[int]) -> Iterator[RenderableType]:
         titles = [header.removeprefix(">") for header in self.headers]
-        lines = [titles, *self.rows]
-        widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
+        for line in (titles, *self.rows):
             style = "bold" if line is titles else ""
             cells = [
                 cell.rjust(width) if header.startswith(">") else cell.ljust(width)
                 for cell, width, header in zip(line, widths, self.headers, strict=True)
             ]
             yield Text(line[0], style, overflow="ignore", no_wrap=True)
-            yield Padding(Text("  ".join(cells[1:]).rstrip(), style), (0, 0, 0, INDENT))
+            yield Padding(Text((" " * GAP).join(cells[1:]).rstrip(), style), (0, 0, 0, INDENT))

@@ -1,0 +1,94 @@
+"""Write what describes the config: docs/config.md for people, docs/config.schema.json for editors.
+
+    python tools/describe_config.py
+
+Both follow from the fields of ``QuantConfig`` and their descriptions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from onnx_attnround.cli.wording import option
+from onnx_attnround.config import SECTIONS, QuantConfig, settings
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+HEAD = """# Settings
+
+Each is a key of a config file (`--config FILE.toml`), a keyword of `QuantConfig`, `quantize`,
+`make_plan`, `check_model` and `trade_off` in Python, and an option of the command line. Options win
+over the file, keywords over a `config`. `docs/config.schema.json` is the same as a JSON schema, for
+editors. `python tools/describe_config.py` writes both from the source.
+"""
+
+
+def main() -> None:
+    """Write both files."""
+    for name, text in described().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+
+
+def described() -> dict[str, str]:
+    """The text of each file by its name."""
+    schema = schema_of_files()
+    sections = [_section(name, schema["properties"]) for name in SECTIONS]
+    return {
+        "config.md": "\n".join([HEAD, *sections]),
+        "config.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def schema_of_files() -> dict[str, Any]:
+    """The JSON schema of a config file: several mean bits, and sizes such as 4GB, included."""
+    schema = QuantConfig.model_json_schema()
+    schema["title"] = "Config file of onnx_attnround"
+    properties = schema["properties"]
+    for values in properties.values():
+        del values["section"]
+    means = properties["mean_bits"]["anyOf"]
+    number = next(kind for kind in means if kind["type"] == "number")
+    means.append({"type": "array", "items": number, "minItems": 1})
+    properties["memory_limit"]["anyOf"].append({"type": "string"})
+    return schema
+
+
+def _section(name: str, schema: dict[str, Any]) -> str:
+    lines = [f"## {name}\n", "| Key | Option | Values | Default | |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{setting.key}` | `{option(setting.key)}` | {_values(schema[setting.key])} "
+        f"| {_code(setting.default)} | {setting.description} |"
+        for setting in settings()
+        if setting.section == name
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """The values that a key takes, in words."""
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+    return " or ".join(filter(None, map(_kind, kinds)))
+
+
+def _kind(kind: dict[str, Any]) -> str:
+    if "enum" in kind:
+        return ", ".join(f"`{value}`" for value in kind["enum"])
+    if kind.get("type") == "array":
+        return f"list of {_kind(kind['items'])}"
+    if kind.get("type") == "object":
+        return f"table of {_kind(kind['additionalProperties'])}"
+    low, high = kind.get("minimum"), kind.get("maximum")
+    word = {"integer": "integer", "number": "number", "string": "text"}.get(kind.get("type", ""))
+    if word is None or low is None:
+        return word or ""
+    return f"{word}, {low:g} to {high:g}" if high is not None else f"{word} from {low:g}"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+if __name__ == "__main__":
+    main()
