@@ -88,7 +88,7 @@ class LayerPlan:
         return int(np.prod(self.weight_shape, dtype=np.int64))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QuantPlan:
     """What is quantised, how, and for all else the reason why not.
 
@@ -109,6 +109,13 @@ class QuantPlan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     unblocked: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        weights = sum(layer.parameters for layer in self.layers)
+        return (
+            f"<QuantPlan for {self.target.name}: {len(self.layers)} layers with {weights:,} "
+            f"weights, {len(self.activations)} activations, {len(self.skipped)} nodes in float>"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
