@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def parts_of_package(path: Path, *, whole: bool) -> set[str]:
         for name in imports(path, whole=whole)
         if name.startswith("onnx_attnround.")
     }
+
+
+def test_the_map_of_the_docs_is_that_of_the_code() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)
+    shown = [name for name in LEVELS if not name.startswith("__")]
+    assert [name for _, name in rows] == shown
+    numbers = {level: number for number, level in enumerate(sorted({LEVELS[n] for n in shown}))}
+    assert [int(level) for level, _ in rows] == [numbers[LEVELS[name]] for name in shown]
+    for named in re.findall(r"`(?:onnx_attnround/)?((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", text):
+        places = PACKAGE / named, PACKAGE.parent / named
+        assert any(place.exists() for place in places), f"docs/architecture.md names {named}"
 
 
 def test_every_module_has_a_level() -> None:
