@@ -136,6 +136,17 @@ class TensorStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Smoothing:
+    """How a tensor that layers read is smoothed: a divisor for each channel, or none.
+
+    ``observer`` is the one that suits its range.
+    """
+
+    scale: Array | None
+    observer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantParams:
     """Scale and zero point of one tensor; scalars, or 1-D along ``spec.axis``."""
 

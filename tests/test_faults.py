@@ -19,7 +19,7 @@ from small_models import build_proto
 from onnx_attnround.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"load", "simplify", "plan", "calibrate", "round", "write", "check", "verify"}
+STAGES = {"load", "simplify", "plan", "smooth", "calibrate", "round", "write", "check", "verify"}
 RUN = ("in.onnx", "out.onnx", "--calib", "calib.npz", "--threads", "1")
 TEXT = """
 net (float[N, 2, 6, 6] x) => (float[N, 3] y)

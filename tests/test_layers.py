@@ -22,7 +22,7 @@ _NAMES = (
     "ops graph samples",
     "qdq runtime",
     "simplify plan calibrate rounding shadow check",
-    "checkpoint verify",
+    "checkpoint smooth verify",
     "reconstruct report",
     "pipeline",
     "__init__",
@@ -30,7 +30,7 @@ _NAMES = (
     "__main__",
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
-TORCH = {"runtime.device", "rounding", "shadow", "reconstruct"}
+TORCH = {"runtime.device", "rounding", "shadow", "smooth", "reconstruct"}
 MAX_FILE, MAX_FUNCTION = 500, 60
 LONG_FUNCTIONS = {("cli", "command")}  # one argument for each option of the command line
 

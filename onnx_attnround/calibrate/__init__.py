@@ -22,7 +22,7 @@ from onnx_attnround.runtime.session import first_line, open_session
 from onnx_attnround.samples import Feeds, Samples
 from onnx_attnround.samples.mask import find_mask, tokens, zero_padding
 
-__all__ = ["OBSERVERS", "Calibration", "Observer", "calibrate", "left_out_note"]
+__all__ = ["OBSERVERS", "Calibration", "Observer", "calibrate", "left_out_note", "observed"]
 
 ACTIVATION_BYTES = 256 << 20
 """Bound on the activations that one run may return, where the model's batch is free."""
@@ -52,12 +52,14 @@ def calibrate(
     *,
     same_range: Mapping[str, str],
     on_event: Callable[[Event], None],
+    observers: Mapping[str, str] | None = None,
 ) -> Calibration:
     """Observe the tensors of ``activations`` over all ``samples``, in one pass.
 
     A tensor in ``same_range`` is not observed: it gets the parameters of the
     tensor at the end of its chain. ``config`` tells the observer, the device, and
-    how many samples to run at a time at most. What only feeds a Softmax is
+    how many samples to run at a time at most; ``observers`` the observers of tensors that
+    have another one. What only feeds a Softmax is
     bounded by what that can tell apart; elsewhere, elements that are NaN or infinite do not
     count, and neither do padded tokens, where the model has a mask of them. Raises
     ``CalibrationError`` if ONNX Runtime fails on a sample or a tensor holds nothing else,
@@ -69,13 +71,12 @@ def calibrate(
         spec = activations.get(root, activations.get(name))
         if spec is not None:
             specs.setdefault(root, spec)
-    watches = {root: _Watch(root, OBSERVERS[config.observer]()) for root in specs}
+    chosen = dict.fromkeys(specs, config.observer) | dict(observers or {})
+    watches = {root: _Watch(root, OBSERVERS[chosen[root]]()) for root in specs}
     most_bits = max((spec.bits for spec in specs.values()), default=8)
     bounds = SoftmaxBounds(model, specs.keys(), most_bits)
-    exposed, constants = _exposed(model, names := [*specs, *sorted(bounds.observed - specs.keys())])
-    session = open_session(exposed, threads=config.threads, device=config.device)
-    size, mask = config.batch_size, find_mask(model)
-    for name, value in _runs(session, names, constants, samples, size, mask, on_event):
+    names = [*specs, *sorted(bounds.observed - specs.keys())]
+    for name, value in observed(model, names, samples, config, "calibrate", on_event):
         bounds.update(name, value)
         if name in watches:
             watches[name].update(value)
@@ -182,6 +183,24 @@ def _root(name: str, same_range: Mapping[str, str]) -> str:
     return name
 
 
+def observed(
+    model: ir.Model,
+    names: list[str],
+    samples: Samples,
+    config: QuantConfig,
+    stage: str,
+    on_event: Callable[[Event], None],
+) -> Iterator[tuple[str, Array]]:
+    """Each named tensor's value, batch after batch, as one pass over the samples finds them.
+
+    ``stage`` is what events are told of. Raises as :func:`calibrate`.
+    """
+    exposed, constants = _exposed(model, names)
+    session = open_session(exposed, threads=config.threads, device=config.device)
+    size, mask = config.batch_size, find_mask(model)
+    yield from _runs(session, names, constants, samples, size, mask, stage, on_event)
+
+
 def _runs(
     session: ort.InferenceSession,
     names: list[str],
@@ -189,6 +208,7 @@ def _runs(
     samples: Samples,
     batch_size: int,
     mask: str | None,
+    stage: str,
     on_event: Callable[[Event], None],
 ) -> Iterator[tuple[str, Array]]:
     """Each named tensor's value, batch after batch, 0 at padded tokens; constants come once."""
@@ -204,7 +224,7 @@ def _runs(
         yield from ((name, zero_padding(value, kept)) for name, value in values)
         rows = min((len(feed) for feed in feeds.values() if feed.ndim), default=1)
         done = min(done + rows, samples.count)
-        on_event(Event(stage="calibrate", done=done, total=samples.count, detail="samples"))
+        on_event(Event(stage=stage, done=done, total=samples.count, detail="samples"))
 
 
 def _run(

@@ -27,6 +27,7 @@ from onnx_attnround.pipeline.open_inputs import (
     open_calibration,
     open_evaluation,
 )
+from onnx_attnround.pipeline.smoothing import smooth_model
 from onnx_attnround.plan.bits import allocate, measures
 from onnx_attnround.records import (
     Array,
@@ -208,8 +209,9 @@ def prepare(run: Run, given: Loaded) -> Prepared:
             )
     given, simplified, plan = planned(run, given)
     samples = given.samples
+    simplified, plan, observers = smooth_model(run, simplified, plan, samples)
     with run.stage("calibrate"):
-        ranges = ranges_of(run, simplified, plan, samples)
+        ranges = ranges_of(run, simplified, plan, samples, observers)
         run.notes += left_out_note(ranges)
         simplified, plan, ranges = with_float_stem(run, simplified, plan, ranges, samples)
     if samples is not None and run.config.method != "nearest":

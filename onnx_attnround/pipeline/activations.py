@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -30,9 +31,16 @@ def plan_parted(
 
 
 def ranges_of(
-    run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
+    run: Run,
+    model: ir.Model,
+    plan: QuantPlan,
+    samples: Samples | None,
+    observers: Mapping[str, str],
 ) -> Calibration:
-    """The ranges of the activations, observed or from the checkpoint; none without samples."""
+    """The ranges of the activations, observed or from the checkpoint; none without samples.
+
+    ``observers`` are those of tensors that another than the config's suits.
+    """
     if samples is None:
         return Calibration(stats={}, params={})
     kept: Calibration | None = run.checkpoint.get("calibrate")
@@ -47,6 +55,7 @@ def ranges_of(
         run.config,
         same_range=plan.same_range,
         on_event=run.on_event,
+        observers=observers,
     )
     run.checkpoint.put(found, "calibrate")
     return found

@@ -40,7 +40,7 @@ from onnx_attnround.verify import Latency
 MODELS = Path(__file__).resolve().parents[2] / "models"
 RESNET, MOBILENET = MODELS / "digits_resnet.onnx", MODELS / "digits_mobilenet.onnx"
 EVALUATION = MODELS / "digits_eval.npz"
-STAGES = ["load", "simplify", "plan", "calibrate", "round", "write", "check", "verify"]
+STAGES = ["load", "simplify", "plan", "smooth", "calibrate", "round", "write", "check", "verify"]
 
 
 def samples(count: int = 64) -> np.ndarray:

@@ -21,7 +21,7 @@ from onnx_attnround.pipeline.trade_off import Point, _on_front, point_path, with
 from onnx_attnround.records import Event
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
-SHARED = ["load", "simplify", "plan", "calibrate"]
+SHARED = ["load", "simplify", "plan", "smooth", "calibrate"]
 OWN = ["round", "write", "check", "verify"]
 RESNET, EVALUATION = MODELS / "digits_resnet.onnx", MODELS / "digits_eval.npz"
 

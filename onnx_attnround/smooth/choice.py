@@ -1,0 +1,144 @@
+"""Which scales a tensor takes, and which range: of least error on samples they don't come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+
+from onnx_attnround.calibrate import OBSERVERS
+from onnx_attnround.qdq.arithmetic import params_from_range
+from onnx_attnround.records import Array, LayerPlan, QuantParams, QuantSpec, Smoothing
+from onnx_attnround.smooth.statistics import FOLDS, Statistics
+
+Form = tuple[str, float]
+
+NONE: Form = ("peak", 0.0)
+FORMS: tuple[Form, ...] = (NONE, *product(("rms", "peak"), (0.25, 0.5, 0.75, 1.0)))
+"""Scales are powers of a channel's root mean square or peak: 1 makes all channels alike."""
+WORTH_A_NODE = 0.5
+"""Of the error, what may remain where a Mul must do it: half a bit less."""
+LEAST = 2.0**-8
+"""Of the largest channel's size, what others count as at least: they lie within one step."""
+CLIPPED = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Shares of the full range that stand for the ranges of an observer that clips."""
+FITTED = 1 << 14
+"""Activations that such a share is fitted to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer of the group: weight ``[g, o, d]``, and the channel of each input ``[g, d]``."""
+
+    plan: LayerPlan
+    weight: torch.Tensor
+    channels: torch.Tensor
+
+
+def choose(statistics: Statistics, layers: Sequence[Layer], observer: str) -> Smoothing:
+    """The scale per channel, if any, and the observer of the range.
+
+    What the samples of one fold suggest is judged on those of the other, and a scale must be
+    better on both. Where the observer is the default, the full range is another choice.
+    """
+
+    def errors(form: Form, watch: str) -> Array:
+        return np.array([_error(statistics, layers, form, watch, f) for f in range(FOLDS)])
+
+    quick = ("minmax",) if observer == "minmax" else ("minmax", "clipped")
+    tried = {form: min((errors(form, watch) for watch in quick), key=np.sum) for form in FORMS}
+    worth = tried[NONE] * (1.0 if statistics.group.folds else WORTH_A_NODE)
+    better = [form for form, error in tried.items() if (error < worth).all()]
+    form = min(better, key=lambda form: float(tried[form].sum()), default=NONE)
+    observers = {"mse", "minmax"} if observer in ("auto", "mse") else {observer}
+    watch = min(sorted(observers), key=lambda watch: float(errors(form, watch).sum()))
+    scale = None if form == NONE else scale_of(statistics, form, range(FOLDS))
+    return Smoothing(scale=scale, observer=watch)
+
+
+def scale_of(statistics: Statistics, form: Form, folds: Sequence[int]) -> Array:
+    """The scales that ``folds`` suggest, their geometric mean 1."""
+    kind, strength = form
+    size = statistics.peak(folds) if kind == "peak" else statistics.root_mean_square(folds)
+    scale: Array = np.maximum(size, LEAST * size.max()) ** strength
+    scale /= np.exp(np.log(scale).mean())
+    return scale
+
+
+def _error(
+    statistics: Statistics, layers: Sequence[Layer], form: Form, observer: str, fold: int
+) -> float:
+    """The error of the layers' outputs on the rows of ``fold``, relative to their power."""
+    others = [other for other in range(FOLDS) if other != fold]
+    scale = scale_of(statistics, form, others)
+    low, high = statistics.ends(others)
+    ends = float((low / scale).min()), float((high / scale).max())
+    factors = torch.from_numpy(scale)
+    total = 0.0
+    for layer in layers:
+        by_input = factors[layer.channels][:, None]
+        learned, judged = (statistics.rows(layer.plan, f) / by_input for f in (others[0], fold))
+        weight = layer.weight * by_input
+        wanted = judged @ weight.transpose(1, 2)
+        x = _activations(judged, learned, ends, statistics.group.spec, observer)
+        got = x @ _nearest(weight, layer.plan.weight_spec).transpose(1, 2)
+        power = float(wanted.square().sum())
+        total += float((got - wanted).square().sum()) / max(power, 1e-30)
+    return total
+
+
+def _activations(
+    x: torch.Tensor,
+    learned: torch.Tensor,
+    ends: tuple[float, float],
+    spec: QuantSpec | None,
+    observer: str,
+) -> torch.Tensor:
+    """``x`` on the grid that ``observer`` would find for ``learned``, of the full range ``ends``.
+
+    ``clipped`` stands for those that clip: of some shares of the range, the one of least error.
+    """
+    if spec is None:
+        return x
+    if observer not in ("minmax", "clipped"):
+        watch = OBSERVERS[observer]()
+        watch.update(learned.flatten(0, 1).numpy())
+        return _on_grid(x, params_from_range(spec, *watch.range(spec)))
+    shares = (1.0,) if observer == "minmax" else CLIPPED
+    some = learned.flatten()[:: max(learned.numel() // FITTED, 1)]
+    grids = [params_from_range(spec, ends[0] * share, ends[1] * share) for share in shares]
+    errors = [float((_on_grid(some, grid) - some).square().sum()) for grid in grids]
+    return _on_grid(x, grids[int(np.argmin(errors))])
+
+
+def _on_grid(x: torch.Tensor, params: QuantParams) -> torch.Tensor:
+    spec, scale, zero = params.spec, float(params.scale), float(params.zero_point)
+    codes = (x / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
+    return codes.sub_(zero).mul_(scale)
+
+
+def _nearest(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The weight on its grid, a scale for each row, block or, per tensor, in all."""
+    if spec.block_size is not None:
+        depth = weight.shape[-1]
+        padded = torch.nn.functional.pad(weight, (0, -depth % spec.block_size))
+        blocks = _rounded(padded.reshape(*weight.shape[:-1], -1, spec.block_size), spec)
+        return blocks.flatten(-2)[..., :depth]
+    rows = weight.flatten() if spec.axis is None else weight
+    return _rounded(rows, spec).reshape(weight.shape)
+
+
+def _rounded(rows: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Scales by the largest magnitude, or by a share of it where few bits gain by that."""
+    peak = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / spec.qmax
+    best, least = rows, torch.full_like(peak, torch.inf)
+    for share in (1.0,) if spec.bits > 6 else (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        scale = peak * share
+        tried = (rows / scale).round_().clamp_(spec.qmin, spec.qmax).mul_(scale)
+        error = (tried - rows).square().sum(-1, keepdim=True)
+        best = torch.where(error < least, tried, best)
+        least = torch.minimum(error, least)
+    return best

@@ -1,0 +1,111 @@
+"""What the choice of scales needs to know of a tensor, from one pass over the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+
+from onnx_attnround.ops import input_grid
+from onnx_attnround.records import Array, LayerPlan
+from onnx_attnround.smooth.groups import Group
+
+FOLDS = 2
+"""Samples take turns between them: what one suggests is judged on the other."""
+KEPT = 1 << 17
+"""Elements of a layer's inputs that are kept for the judge, of each fold, at most ..."""
+MOST_ROWS = 256
+"""... in so many rows."""
+_GOLDEN = 0.6180339887498949
+
+
+class Statistics:
+    """Of one group and per fold: the ends and the mean square of each channel, and some rows."""
+
+    def __init__(self, group: Group, samples: int) -> None:
+        """``samples`` is how many there will be in all."""
+        self.group = group
+        self._low = np.full((FOLDS, group.channels), np.inf, np.float32)
+        self._high = np.full((FOLDS, group.channels), -np.inf, np.float32)
+        self._squares = np.zeros((FOLDS, group.channels))
+        self._counts = np.zeros(FOLDS)
+        self._samples = samples
+        self.seen = 0
+        self._rows: dict[Hashable, list[list[torch.Tensor]]] = {}
+
+    def update(self, x: Array) -> None:
+        """Take in the next samples of the tensor, on axis 0."""
+        if x.ndim < 2:
+            return
+        fold = np.arange(self.seen, self.seen + len(x)) % FOLDS
+        for which in range(FOLDS):
+            flat = np.moveaxis(x[fold == which], self.group.axis, -1)
+            flat = flat.reshape(-1, self.group.channels)
+            np.minimum(self._low[which], flat.min(0, initial=np.inf), out=self._low[which])
+            np.maximum(self._high[which], flat.max(0, initial=-np.inf), out=self._high[which])
+            self._squares[which] += np.einsum("nc,nc->c", flat, flat)
+            self._counts[which] += len(flat)
+        for layer in {_patches(layer): layer for layer in self.group.layers}.values():
+            self._keep(layer, x, fold)
+        self.seen += len(x)
+
+    def _keep(self, layer: LayerPlan, x: Array, fold: Array) -> None:
+        """Keep rows of these samples, at places that follow from a sample's number alone."""
+        grid = input_grid(layer, torch.from_numpy(np.require(x, requirements="W")))
+        depth = layer.parameters // _outputs(layer)
+        wanted = FOLDS * min(KEPT // depth + 1, MOST_ROWS)
+        each = min(-(-wanted // self._samples), grid.count)
+        number = np.arange(self.seen * each, (self.seen + len(grid.x)) * each, dtype=np.float64)
+        places = np.floor((number * _GOLDEN) % 1.0 * grid.count).astype(np.int64)
+        rows = grid.rows(grid.sources(torch.from_numpy(places.reshape(-1, each)))).clone()
+        by_sample = rows.reshape(len(rows), -1, each, rows.shape[-1])
+        kept = self._rows.setdefault(_patches(layer), [[] for _ in range(FOLDS)])
+        for which in range(FOLDS):
+            chosen = torch.from_numpy(np.flatnonzero(fold == which))
+            kept[which].append(by_sample[:, chosen].flatten(1, 2))
+
+    def rows(self, layer: LayerPlan, fold: int) -> torch.Tensor:
+        """Patches of the inputs of ``layer`` in that fold's samples, ``[g, n, d]``."""
+        return torch.cat(self._rows[_patches(layer)][fold], 1)
+
+    def ends(self, folds: Sequence[int]) -> tuple[Array, Array]:
+        """The least and the greatest value of each channel, over ``folds``."""
+        chosen = list(folds)
+        return self._low[chosen].min(0), self._high[chosen].max(0)
+
+    def peak(self, folds: Sequence[int]) -> Array:
+        """The largest magnitude of each channel, over ``folds``."""
+        low, high = self.ends(folds)
+        peak: Array = np.maximum(np.abs(low), np.abs(high))
+        return peak
+
+    def root_mean_square(self, folds: Sequence[int]) -> Array:
+        """Of each channel, over ``folds``."""
+        chosen = list(folds)
+        squares = self._squares[chosen].sum(0) / max(self._counts[chosen].sum(), 1)
+        root: Array = np.sqrt(squares).astype(np.float32)
+        return root
+
+    @property
+    def complete(self) -> bool:
+        """Whether each fold has seen samples, finite and not all zero."""
+        squares = self._squares.sum(1)
+        return bool(self._counts.all() and squares.all() and np.isfinite(squares).all())
+
+
+def _outputs(layer: LayerPlan) -> int:
+    """Outputs of one group of a layer's channels."""
+    shape, groups = layer.weight_shape, int(layer.attributes.get("group", 1))
+    if layer.op_type == "Conv":
+        return shape[0]
+    if layer.op_type == "ConvTranspose":
+        return shape[1] * groups
+    return shape[0 if layer.op_type == "Gemm" and layer.attributes.get("transB", 0) else 1]
+
+
+def _patches(layer: LayerPlan) -> Hashable:
+    """What tells the patches of layers of one group apart."""
+    if layer.op_type in ("MatMul", "Gemm"):
+        return "rows"
+    return layer.op_type, layer.weight_shape[2:], str(sorted(layer.attributes.items()))
