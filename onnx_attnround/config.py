@@ -177,6 +177,12 @@ class QuantConfig(Settings):
         None,
         "How weights of up to 4 bits are stored, by default as the target wants",
     )
+    weight_range: Literal["safe", "full"] = _key(
+        _METHOD,
+        "safe",
+        "The codes of 8-bit weights: safe, those whose sums are exact on x86-64 CPUs without VNNI "
+        "too, -64 to 64 under 8-bit activations where the target may run on such; full, all",
+    )
     custom_op_library: tuple[str, ...] = _key(
         _RUN, (), "Shared libraries with operators that the model uses"
     )
@@ -266,6 +272,10 @@ class QuantConfig(Settings):
             "weight_storage": (
                 min(*chosen, self.first_last_bits, *self.layer_bits.values(), 8) > 4,
                 "no weights have up to 4 bits",
+            ),
+            "weight_range": (
+                not get_target(self.target).int16_pairs or self.act_bits > 8,
+                "no pairs of products are added in 16 bits",
             ),
         }
         defaults = {key: QuantConfig.model_fields[key].default for key in idle}

@@ -346,6 +346,12 @@ def _number(value: ir.Value | None, absent: float) -> float:
     return math.nan if value.const_value is None else float(value.const_value.numpy().item())
 
 
+def is_depthwise(op_type: str, attributes: Attributes, weight: Shape) -> bool:
+    """Whether each output channel of a Conv reads one input channel, which no other reads."""
+    groups = attributes.get("group", 1)
+    return op_type == "Conv" and groups > 1 and (weight[0], weight[1]) == (groups, 1)
+
+
 def count_macs(
     op_type: str, attributes: Attributes, weight: Shape, x: Any, y: Any
 ) -> int | None:

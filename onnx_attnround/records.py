@@ -22,8 +22,8 @@ LayerErrors = Mapping[str, Mapping[int, float]]
 class QuantSpec:
     """How one tensor is quantised.
 
-    ``bits`` is the width of the codes, 2 to 16. ``narrow`` drops the lowest
-    signed code, so that the range is symmetric. ``axis`` is the channel axis of
+    ``bits`` is the width of the codes, 2 to 16; ``limit`` the largest magnitude of a
+    signed code, where it is less than the width allows. ``axis`` is the channel axis of
     per-channel quantisation, ``None`` for per-tensor; with ``block_size`` each run of
     so many inputs, along the other axis of a matrix, has a scale of its own.
     ``fixed_range`` takes the place of an observed range; any is at least
@@ -33,7 +33,7 @@ class QuantSpec:
     bits: int
     signed: bool
     symmetric: bool
-    narrow: bool = False
+    limit: int | None = None
     axis: int | None = None
     block_size: int | None = None
     least_range: float = 0.0
@@ -42,12 +42,14 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """The lowest code."""
-        return (-(1 << (self.bits - 1)) + int(self.narrow)) if self.signed else int(self.narrow)
+        lowest = -(1 << (self.bits - 1)) if self.signed else 0
+        return lowest if self.limit is None else max(lowest, -self.limit)
 
     @property
     def qmax(self) -> int:
         """The highest code."""
-        return (1 << (self.bits - int(self.signed))) - 1
+        highest = (1 << (self.bits - int(self.signed))) - 1
+        return highest if self.limit is None else min(highest, self.limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ WeightStorage = Literal["packed", "packed2", "int8", "int4"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "qnn"]
 Placement = Literal["regions", "inputs", "everything"]
 BlockSize = Literal[16, 32, 64, 128, 256]
+INT16_MAX = (1 << 15) - 1
 BLOCK_SIZES: tuple[BlockSize, ...] = get_args(BlockSize)
 
 
@@ -70,6 +71,9 @@ class Target:
     ``tables`` says whether tables that are looked up may be integers, turned into floats
     by plain arithmetic.
 
+    ``int16_pairs`` says whether some CPU that the files run on adds pairs of products of
+    8-bit codes in 16 bits: what does not fit there is cut off, and no error is raised.
+
     Under float activations the weights of Gemm and MatMul may have a scale for each
     block of inputs, of one of ``block_sizes`` (none: not at all), stored in one of
     ``block_storages``; without ``int8`` there they have up to 4 bits. A last block may
@@ -102,6 +106,16 @@ class Target:
     block_storages: tuple[WeightStorage, ...] = ()
     short_blocks: bool = False
     max_opset: int | None = None
+    int16_pairs: bool = False
+
+    def code_limit(self, highest: int) -> int | None:
+        """The magnitude of weight codes up to which pairs of products are added exactly.
+
+        ``highest`` is the highest code of the activations, as the kernel has them: without
+        sign. ``None`` where pairs are added in 32 bits. The limit holds for any two codes, so
+        that it does not matter in which order a kernel packs them.
+        """
+        return INT16_MAX // (2 * highest) if self.int16_pairs else None
 
     def storages(self, *, blocks: bool) -> tuple[WeightStorage, ...]:
         """The forms that weights of up to 4 bits may have, the usual one first."""
@@ -140,10 +154,11 @@ _ORT = Target(
     block_sizes=frozenset(BLOCK_SIZES),
     block_storages=("packed", "packed2", "int8", "int4"),
     short_blocks=True,
+    int16_pairs=True,  # x86-64 with AVX2 and without VNNI
 )
 
 # ARM kernels multiply signed by signed; the zero point stays free, so that a Q absorbs a Relu.
-_ORT_ARM = replace(_ORT, name="ort-arm", activation_signed=True)
+_ORT_ARM = replace(_ORT, name="ort-arm", activation_signed=True, int16_pairs=False)
 
 # It moves a DQ behind a Pad and then pads with code 0, also where that is not the zero point.
 _OPENVINO = replace(

@@ -48,10 +48,10 @@ class Builder:
 
     def weight(
         self, name: str, shape: tuple[int, ...], dtype: str = "INT8", scale: Any = None,
-        point: Any = 0, cast: bool = False, **attributes: Any,
+        point: Any = 0, cast: bool = False, highest: int = 60, **attributes: Any,
     ) -> str:  # fmt: skip
         """Random codes and a DQ, along axis 0 unless told otherwise."""
-        low, high = {"INT2": (-2, 2), "INT4": (-8, 8)}.get(dtype, (0, 100))
+        low, high = {"INT2": (-2, 2), "INT4": (-8, 8)}.get(dtype, (0, highest))
         codes = self.constant(f"{name}/codes", self.rng.integers(low, high, shape), dtype)
         if cast:
             codes = self.node("Cast", [codes], f"{name}/cast", to=int(TensorProto.INT8))

@@ -21,6 +21,7 @@ from onnx_attnround.check.fusion import (
     refused_fusion,
 )
 from onnx_attnround.check.rules import Finding, Rule, apply
+from onnx_attnround.check.saturation import fits_int16
 from onnx_attnround.check.versions import oldest_onnxruntime
 from onnx_attnround.check.view import View
 from onnx_attnround.errors import ModelError
@@ -47,6 +48,8 @@ class Checked:
     first. ``oldest_onnxruntime`` is the oldest release known to load the file.
     ``ran`` says whether the runtime ran it: TensorRT and QNN never do here. No layer
     runs in integer, by its ``fusion``, if it is refused and was not run.
+    ``fits_int16`` says whether no sum in integer can be cut off on CPUs that add pairs of
+    products in 16 bits; ``None`` where no layer of the target is computed there.
     """
 
     target: str
@@ -54,6 +57,7 @@ class Checked:
     fusion: Fusion
     oldest_onnxruntime: str | None
     ran: bool
+    fits_int16: bool | None = None
 
     @property
     def loads(self) -> bool:
@@ -105,4 +109,5 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
         fusion=fusion,
         oldest_onnxruntime=oldest_onnxruntime(view),
         ran=ran,
+        fits_int16=fits_int16(view, findings),
     )

@@ -6,6 +6,7 @@ Each rule was tried on OpenVINO 2026.4.1 (docs/targets.md).
 from __future__ import annotations
 
 from onnx_attnround.check.rules import COMMON, Found, Rule, operators_on_integers
+from onnx_attnround.check.saturation import pairs_beyond_int16
 from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, is_zero
 
 _TYPES = {"INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16", "INT32"}
@@ -72,5 +73,6 @@ RULES = (
     Rule(pad_of_offset_codes),
     Rule(scale_of_rank_2, refused=False),
     Rule(sixteen_bits, refused=False),
+    Rule(pairs_beyond_int16, refused=False),
     Rule(operators_on_integers, refused=False),
 )

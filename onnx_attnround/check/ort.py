@@ -6,6 +6,7 @@ Each rule was tried on ONNX Runtime 1.31.1 (docs/targets.md).
 from __future__ import annotations
 
 from onnx_attnround.check.rules import COMMON, Found, Rule, operators_on_integers
+from onnx_attnround.check.saturation import pairs_beyond_int16
 from onnx_attnround.check.view import View
 from onnx_attnround.graph import only_reader
 
@@ -89,5 +90,6 @@ RULES = (
     Rule(blocks_of_eight_bits_under_integer_activations),
     Rule(clipped_low_bit_weights, refused=False),
     Rule(zero_point_missing, refused=False),
+    Rule(pairs_beyond_int16, refused=False),
     Rule(operators_on_integers, refused=False),
 )

@@ -19,6 +19,7 @@ from onnx_attnround.plan.layers import find_layers, is_weighted, mark_ends
 from onnx_attnround.plan.patterns import chosen, node_names, tensor_names
 from onnx_attnround.plan.scale_groups import check_blocks, with_blocks
 from onnx_attnround.plan.tables import find_tables
+from onnx_attnround.plan.weight_range import with_limits
 from onnx_attnround.records import QuantPlan, QuantSpec
 from onnx_attnround.targets import Target, get_target
 
@@ -49,6 +50,8 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     shared: dict[str, frozenset[str]] = {}
     if integer:
         activations, same_range, shared = Activations(model, marked, target, config).find()
+    if config.weight_range == "safe":
+        planned = with_limits(planned, activations, target)
     return QuantPlan(
         target=target,
         layers=planned,

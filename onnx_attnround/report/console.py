@@ -45,6 +45,7 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
         parts.append(_comparison(result.verification, elsewhere=elsewhere))
     parts += _fusion_lines(result.checked.fusion, result.plan.skipped)
     parts += _finding_lines(result.checked)
+    parts += _exactness_line(result.checked)
     if result.plan.target.runtime == "onnxruntime":
         parts += _release_line(result.checked)
     if result.verification is not None and result.verification.not_compared:
@@ -69,6 +70,7 @@ def check_console(checked: Checked) -> RenderableType:
         parts.append(f"no layer runs: target '{checked.target}' refuses the file")
     else:
         parts += _fusion_lines(checked.fusion, {})
+        parts += _exactness_line(checked)
         parts += _release_line(checked)
     if not checked.refused and not checked.ran:
         parts.append("not run: the runtime is not here, or shapes are unknown (give `calibration`)")
@@ -172,8 +174,17 @@ def _plan_cells(layer: LayerPlan, allocation: BitAllocation) -> list[str]:
         "x".join(map(str, layer.weight_shape)),
         f"{layer.parameters:,}",
         "?" if layer.macs is None else f"{layer.macs:,}",
-        str(allocation.bits.get(layer.node, "-")),
+        _bits_of(layer, allocation),
     ]
+
+
+def _bits_of(layer: LayerPlan, allocation: BitAllocation) -> str:
+    """The bits, and the range of the codes where it is less than they allow."""
+    bits = allocation.bits.get(layer.node)
+    if bits is None:
+        return "-"
+    spec = layer.spec_of(bits)
+    return str(bits) if spec.qmax == (1 << (bits - 1)) - 1 else f"{bits} (±{spec.qmax})"
 
 
 def _layer_table(result: QuantizeResult) -> Rows:
@@ -303,6 +314,11 @@ def _finding_lines(checked: Checked) -> Iterable[str]:
         yield f"check: {found.node}: {found.why} [{found.rule}]"
     if (more := len(checked.findings) - _FEW) > 0:
         yield f"check: {more} more, all in the report"
+
+
+def _exactness_line(checked: Checked) -> Iterable[str]:
+    if checked.fits_int16:
+        yield "sums in integer are exact on CPUs with and without VNNI"
 
 
 def _release_line(checked: Checked) -> Iterable[str]:

@@ -282,6 +282,7 @@ def _descend_block(
     return result.reshape(groups, outputs, -1)
 
 
+@torch.enable_grad()
 def round_adaround(
     problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:

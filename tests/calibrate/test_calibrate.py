@@ -26,7 +26,7 @@ U8 = QuantSpec(bits=8, signed=False, symmetric=False)
 SPECS = [
     U8,
     QuantSpec(bits=4, signed=False, symmetric=False),
-    QuantSpec(bits=8, signed=True, symmetric=True, narrow=True),
+    QuantSpec(bits=8, signed=True, symmetric=True, limit=64),
     QuantSpec(bits=8, signed=False, symmetric=True),
     QuantSpec(bits=2, signed=True, symmetric=True),
     QuantSpec(bits=16, signed=True, symmetric=False),

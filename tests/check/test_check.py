@@ -277,6 +277,7 @@ CASES = [
          frozenset({"does-not-load"})),
     Case(OV, "sixteen-bits", "in/dq", lambda: conv({"dtype": "UINT16"}),
          frozenset({"wrong-output"})),
+    Case(OV, "pairs-beyond-int16", "y", lambda: conv({}, {"highest": 127}, bias="int32")),
     # ONNX Runtime
     Case(ORT, "two-bits-under-integer-activations", "y",
          lambda: conv({}, {"dtype": "INT2"}, {}, opset=25, ir_version=13),
@@ -293,6 +294,7 @@ CASES = [
          frozenset({"wrong-output", "does-not-run"})),
     Case(ORT, "zero-point-missing", "y",
          lambda: conv({}, {"point": None}, op="Gemm", bias="int32")),
+    Case(ORT, "pairs-beyond-int16", "y", lambda: conv({}, {"highest": 127}, {}, "int32")),
     Case(ORT, "operators-on-integers", "(model)", integer_operator),
 ]  # fmt: skip
 

@@ -198,8 +198,8 @@ def test_every_option_arrives(fake: FakeQuantize) -> None:
         "in.onnx out.onnx --calib c.npz --preprocess cifar10 --eval e.npz --samples 9 "
         "--batch-size 3 --seed 5 --weight-bits 4 --act-bits 16 --mean-bits 3.5 "
         "--bit-choices 2,4,8 --first-last-bits 6 --method adaround --observer minmax --target ort "
-        "--weight-storage int8 --threads 2 --include a* --include b --exclude c[0-9] "
-        "--min-sqnr 12.5 --max-drop 0"
+        "--weight-storage int8 --weight-range full --threads 2 --include a* --include b "
+        "--exclude c[0-9] --min-sqnr 12.5 --max-drop 0"
     )
     assert main(text.split()) == 0
     assert fake.config == QuantConfig(
@@ -215,6 +215,7 @@ def test_every_option_arrives(fake: FakeQuantize) -> None:
         observer="minmax",
         target="ort",
         weight_storage="int8",
+        weight_range="full",
         threads=2,
         include=("a*", "b"),
         exclude=("c[0-9]",),

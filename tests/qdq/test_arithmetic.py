@@ -125,13 +125,12 @@ def test_torch_gives_what_numpy_gives(dtype: str) -> None:
 # --- params_from_range --------------------------------------------------------------------
 
 SPECS = st.builds(
-    lambda bits, signed, symmetric, narrow: QuantSpec(
-        bits=bits, signed=signed, symmetric=symmetric, narrow=narrow
-    ),
+    lambda bits, kind: QuantSpec(bits=bits, signed=kind[0], symmetric=kind[1], limit=kind[2]),
     st.sampled_from([2, 3, 4, 5, 8, 16]),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
+    st.sampled_from(
+        [(True, True, None), (True, True, 64), (True, True, 1), (True, False, None)]
+        + [(False, True, None), (False, False, None)]
+    ),
 )
 FLOATS = st.floats(-(2.0**127), 2.0**127, width=32) | st.floats(-100, 100, width=32)
 
@@ -195,10 +194,16 @@ def test_positive_and_negative_constants() -> None:
 
 def test_symmetric_range_takes_the_side_that_needs_more() -> None:
     spec = QuantSpec(bits=8, signed=True, symmetric=True)
-    narrow = QuantSpec(bits=8, signed=True, symmetric=True, narrow=True)
+    limited = QuantSpec(bits=8, signed=True, symmetric=True, limit=64)
     assert params_from_range(spec, -1.28, 1.0).scale == np.float32(0.01)
     assert params_from_range(spec, -1.0, 1.27).scale == np.float32(0.01)
-    assert params_from_range(narrow, -1.27, 1.0).scale == np.float32(0.01)
+    assert params_from_range(limited, -0.64, 0.6).scale == np.float32(0.01)
+
+
+def test_a_limit_bounds_the_codes_of_both_signs_where_the_width_does_not() -> None:
+    for bits, lowest, highest in ((8, -64, 64), (7, -64, 63), (4, -8, 7)):
+        spec = QuantSpec(bits=bits, signed=True, symmetric=True, limit=64)
+        assert (spec.qmin, spec.qmax) == (lowest, highest)
 
 
 def test_whole_of_float32_is_a_range() -> None:

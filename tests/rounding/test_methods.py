@@ -81,9 +81,9 @@ def problem_of(
     return Problem(problem, x, v)
 
 
-def spec_of(bits: int, *, narrow: bool = False, block: int | None = None) -> QuantSpec:
+def spec_of(bits: int, *, limit: int | None = None, block: int | None = None) -> QuantSpec:
     return QuantSpec(
-        bits=bits, signed=True, symmetric=True, narrow=narrow, axis=0, block_size=block
+        bits=bits, signed=True, symmetric=True, limit=limit, axis=0, block_size=block
     )
 
 
@@ -122,7 +122,7 @@ def problems(draw: st.DrawFn, max_depth: int = 12) -> Problem:
     factor = 10.0 ** draw(st.integers(-6, 6))
     floor = draw(st.sampled_from([TINY, TINY, 0.01, 10.0])) * float(weight.abs().max())
     block = draw(st.sampled_from([None, None, 1, 3, 4, 16]))  # whether it divides or not
-    spec = spec_of(draw(st.integers(2, 8)), narrow=draw(st.booleans()), block=block)
+    spec = spec_of(draw(st.integers(2, 8)), limit=draw(st.sampled_from([None, 3, 64])), block=block)
     shared = () if block else draw(st.sampled_from([(), (0,), (0, 1)]))
     return problem_of(weight, x * factor, v * factor, spec, floor=max(floor, TINY), shared=shared)
 
