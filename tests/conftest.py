@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A test is judged by what comes out, on a busy or an emulated machine too.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # Before any test imports ONNX Runtime: tests use no network.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
