@@ -99,7 +99,7 @@ def test_links_and_named_files_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert [link for link in links if not (path.parent / link).exists()] == []
-    files = re.findall(r"\b(?:onnx_attnround|tests|tools|docs)/[\w/]+\.\w+\b", text)
+    files = re.findall(r"\b(?:onnx_attnround|tests|tools|docs)/[\w/]+(?:\.\w+)+\b", text)
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 

@@ -144,7 +144,7 @@ def test_the_config_keeps_the_content_of_a_file(tmp_path: Path) -> None:
     [
         ({"target": "tensorrt", "act_bits": 4}, "`act_bits`: target 'tensorrt' takes 8 or 32"),
         ({"target": "openvino", "act_bits": 16}, "`act_bits`: target 'openvino' takes 8 or 32"),
-        ({"target": "qnn", "act_bits": 6}, "`act_bits`: target 'qnn' takes 8, 16 or 32"),
+        ({"target": "qnn", "act_bits": 6}, "`act_bits`: target 'qnn' takes 8, 16, got 6"),
         ({"target": "qnn", "act_bits": 32}, "target 'qnn' takes no float activations"),
         ({"target": "tensorrt", "weight_storage": "packed"}, "`weight_storage`: .* takes int8"),
         ({"target": "openvino", "weight_storage": "packed2"}, "takes packed, int8, int4"),
