@@ -20,8 +20,8 @@ FAINT = 1e-4
 KEPT = 0.5
 """An extreme that keeps less than this share of its distance from the mean is lost."""
 
-RESOLVED = 1 / 128
-"""Share of an output's largest magnitude that 8 bits for the whole of it resolve in any case."""
+MINOR = 0.1
+"""Share of an output's largest magnitude that slices of classes which never come up stay below."""
 
 OTHER_KIND = 10.0
 """Values that are so many times smaller than the next larger ones are of another kind."""
@@ -112,7 +112,7 @@ class Details:
         found = []
         for axis, along in ((None, self.whole), *(self.axes or {}).items()):
             reach, kept = along.reach
-            fine = self._excused(along, kept >= KEPT) & (reach < RESOLVED * self.whole.peak)
+            fine = self._excused(along, kept >= KEPT) & (reach < MINOR * self.whole.peak)
             lost = self._counted(along) & (kept < KEPT) & ~fine
             found += [along.extreme(axis, int(index)) for index in np.flatnonzero(lost)]
         return min(found, key=lambda each: each.kept, default=None)
