@@ -1,5 +1,6 @@
 # make demo    convert a sample model at 4 bits on average and compare it with the original
 # make test    run the tests; brings four older releases of ONNX Runtime for them, some 70 MB
+# make quick   the tests of the parts alone, without whole conversions: under three minutes
 # make lint    ruff, then mypy on the package
 #
 # Each sets up .venv first, once. Paths are relative and programs run as
@@ -11,7 +12,7 @@ RUN := .venv/bin/python -m
 # Older releases of ONNX Runtime that the tests load files in, each in a folder of its own.
 RUNTIMES := $(addprefix .venv/onnxruntime/,1.17.3 1.20.1 1.23.2 1.24.4)
 
-.PHONY: demo test lint
+.PHONY: demo test quick lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -21,6 +22,9 @@ demo: .venv/installed
 
 test: .venv/installed $(RUNTIMES)
 	$(RUN) pytest
+
+quick: .venv/installed
+	$(RUN) pytest -m "not slow"
 
 lint: .venv/installed
 	$(RUN) ruff check .

@@ -35,6 +35,8 @@ from onnx_attnround.records import (
 )
 from onnx_attnround.samples import Samples, open_samples
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip("resource")
 
 ROOT = Path(__file__).resolve().parent.parent

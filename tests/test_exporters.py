@@ -16,6 +16,8 @@ import torch
 from checked_conversion import Feeds, convert, layers
 from exported_models import NETWORKS, network
 
+pytestmark = pytest.mark.slow
+
 BITS = {8: 30.0, 4: 20.0}  # and the SQNR in dB that random weights reach at least
 
 LAYERS = {

@@ -18,6 +18,8 @@ from small_models import build_proto
 
 from onnx_attnround.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"load", "simplify", "plan", "smooth", "calibrate", "round", "write", "check", "verify"}
 RUN = ("in.onnx", "out.onnx", "--calib", "calib.npz", "--threads", "1")

@@ -19,6 +19,8 @@ from onnx_attnround import QuantConfig, graph, quantize
 from onnx_attnround.errors import ModelError
 from onnx_attnround.simplify import simplify
 
+pytestmark = pytest.mark.slow
+
 NET = """net (float[N, 2, 6, 6] x) => (float[N, 3] y)
 <float[4, 2, 3, 3] w1, float[4] b1, float[4, 3] w2> {
     c = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)

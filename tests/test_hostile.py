@@ -15,6 +15,8 @@ from small_models import build_proto
 from onnx_attnround import AttnRoundError, QuantConfig, quantize
 from onnx_attnround.errors import CalibrationError, ModelError
 
+pytestmark = pytest.mark.slow
+
 GEMM = """net (float[N,4] x) => (float[N,3] y) <float[4,3] w, float[3] b> { y = Gemm(x, w, b) }"""
 CONV = """net (float[N,2,6,6] x) => (float[N,3,6,6] y) <float[3,2,3,3] w, float[3] b> {
     c = Conv<pads = [1,1,1,1]>(x, w, b)  y = Relu(c) }"""

@@ -17,6 +17,8 @@ if not hasattr(os, "fork"):
 
 from disturbed_cli import POINTS, files, kill, prepared, run
 
+pytestmark = pytest.mark.slow
+
 LEAVES = ("measure", "round", "keep", "refine", "save", "saved", "report")
 """Points at which files are open that a kill leaves behind."""
 NEW = ("round", "save", "saved", "report")  # tried also without an older output

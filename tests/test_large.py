@@ -15,6 +15,8 @@ from onnx_attnround.graph import constants, saving
 from onnx_attnround.runtime import session as sessions
 from onnx_attnround.simplify import onnxsim_pass, simplify
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).resolve().parent.parent / "models"
 WEIGHTS_ONLY = {"weight_bits": 4, "act_bits": 32}
 

@@ -15,6 +15,8 @@ if not hasattr(os, "fork"):
 
 from disturbed_cli import RUN, files, limit_files, prepared, run, start
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_WORK_DIR = RUN[:-2]
 
 

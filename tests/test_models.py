@@ -11,6 +11,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("digits_resnet", "digits_mobilenet")
 MODEL_BYTES = 700_000
 FOLDER_BYTES = 2_000_000

@@ -103,6 +103,7 @@ def test_a_result_is_saved(result: QuantizeResult, tmp_path: Path) -> None:
         result.save(str(tmp_path / "missing" / "out.onnx"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["array", "mapping", "list", "file"])
 def test_evaluation_takes_what_calibration_takes(form: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "e.npz", x=noise(16), labels=np.arange(16) % 5)
@@ -139,6 +140,7 @@ def test_arguments_of_a_wrong_type_are_errors_of_the_package() -> None:
 # --- a dry run says what the run will refuse ----------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

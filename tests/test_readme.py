@@ -118,3 +118,45 @@ def test_nothing_of_ours_is_called_the_papers() -> None:
         assert "paper's formula" not in text
         if "2207.03088" in text:
             assert "our own derivation" in text
+
+
+# --- figures of the README, within what another CPU or release may change -----------------
+
+OPTIONS = ["--calib", str(ROOT / "models" / "digits_calib.npz")]
+RESNET = str(ROOT / "models" / "digits_resnet.onnx")
+
+
+def figures(pattern: str, text: str) -> list[float]:
+    """The numbers that a pattern catches in the only line that it fits."""
+    (line,) = [found for row in text.splitlines() if (found := re.search(pattern, row))]
+    return [float(number.replace(",", "")) for number in line.groups()]
+
+
+@pytest.mark.slow
+def test_the_demo_prints_what_the_readme_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = ["--eval", str(ROOT / "models" / "digits_eval.npz"), "--mean-bits", "4"]
+    assert main([RESNET, str(tmp_path / "out.onnx"), *OPTIONS, *evaluation]) == 0
+    printed, (shown, *_) = capsys.readouterr().out, blocks("text")
+    for pattern, margin in (
+        (r"^size +([\d.]+) kB +([\d.]+) kB +([\d.]+)x smaller", 0.03),
+        (r"SQNR \(600 samples\) +([\d.]+) dB", 0.1),
+        (r"^top-1 \(600 samples\) +([\d.]+)% +([\d.]+)%", 0.01),
+        (r"^(\d+) of (\d+) layers run in integer", 0.0),
+        (r"^([\d.]+) bits per weight", 0.02),
+    ):
+        assert figures(pattern, shown) == pytest.approx(figures(pattern, printed), rel=margin)
+
+
+@pytest.mark.slow
+def test_the_sizes_of_several_means_are_those_of_the_readme(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means = ["--mean-bits", "3,4,5,6", "--method", "nearest"]  # which sizes do not depend on
+    assert main([RESNET, str(tmp_path / "digits.onnx"), *OPTIONS, *means]) == 0
+    printed = capsys.readouterr().out
+    (shown,) = [block for block in blocks("text") if block.startswith("mean bits")]
+    for mean in (3, 4, 5, 6):
+        pattern = rf"^ +{mean} +([\d,]+) "
+        assert figures(pattern, shown) == pytest.approx(figures(pattern, printed), rel=0.03)

@@ -16,6 +16,8 @@ from onnx_attnround import QuantConfig, QuantizeResult, quantize
 from onnx_attnround.graph import save
 from onnx_attnround.runtime.session import open_session
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 RELEASES = ROOT / ".venv" / "onnxruntime"  # filled by `make test`

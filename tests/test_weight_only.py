@@ -25,6 +25,8 @@ from onnx_attnround.records import LayerPlan
 from onnx_attnround.runtime.session import open_session
 from onnx_attnround.simplify import simplify
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 8  # of the encoder, all of them matrices
 COMPUTED = 30.0  # dB at least: MatMulNBits multiplies activations of 8 bits
 

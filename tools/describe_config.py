@@ -20,7 +20,7 @@ HEAD = """# Settings
 
 Each is a key of a config file (`--config FILE.toml`), a keyword of `QuantConfig`, `quantize`,
 `make_plan`, `check_model` and `trade_off` in Python, and an option of the command line. Options win
-over the file, keywords over a `config`. `docs/config.schema.json` is the same as a JSON schema, for
+over the file, keywords over a `config`. There is a [JSON schema](config.schema.json) of it for
 editors. `python tools/describe_config.py` writes both from the source.
 """
 

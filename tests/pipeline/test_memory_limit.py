@@ -14,6 +14,8 @@ from small_models import build_proto
 from onnx_attnround import QuantConfig, quantize
 from onnx_attnround.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).resolve().parents[2] / "models"
 LAYERS, SIZE = 4, 128
 

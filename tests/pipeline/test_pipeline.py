@@ -37,6 +37,8 @@ from onnx_attnround.records import Event
 from onnx_attnround.runtime.session import open_session
 from onnx_attnround.verify import Latency
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).resolve().parents[2] / "models"
 RESNET, MOBILENET = MODELS / "digits_resnet.onnx", MODELS / "digits_mobilenet.onnx"
 EVALUATION = MODELS / "digits_eval.npz"

@@ -20,6 +20,8 @@ from onnx_attnround.pipeline import trade_off as module
 from onnx_attnround.pipeline.trade_off import Point, _on_front, point_path, with_means
 from onnx_attnround.records import Event
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).resolve().parents[2] / "models"
 SHARED = ["load", "simplify", "plan", "smooth", "calibrate"]
 OWN = ["round", "write", "check", "verify"]

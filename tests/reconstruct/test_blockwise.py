@@ -19,6 +19,8 @@ from onnx_attnround.reconstruct import blockwise, trained_block
 from onnx_attnround.reconstruct.fake_quantise import fake_quantise
 from onnx_attnround.runtime.session import open_session
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).resolve().parents[2] / "models"
 SAMPLES = 64
 

@@ -25,6 +25,8 @@ from onnx_attnround.runtime import session as sessions
 from onnx_attnround.runtime.device import CPU, Value, fetched, open_device, placed, run_on
 from onnx_attnround.runtime.session import open_session
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).resolve().parents[2] / "models"
 KINDS = """g (float[N,3] x, bool[M] b, uint16[L] q, int64[K] i)
     => (float[N,3] y, bool[M] c, uint16[L] r, int64[K] j, float s)

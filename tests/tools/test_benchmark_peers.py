@@ -17,6 +17,8 @@ sys.path.insert(0, str(TOOLS))
 import benchmark_peers  # noqa: E402
 from peers import quality  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_bits_of_weights_on_a_grid(bits: int) -> None:

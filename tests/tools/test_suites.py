@@ -12,7 +12,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 import fuzz
 import onnx_cases
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are bounded by rlimit")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="workers are bounded by rlimit"),
+]
 
 
 def ignore(outcome: onnx_cases.Outcome) -> None:
