@@ -766,6 +766,22 @@ def test_the_command_line_lists_what_is_refused(
     }  # fmt: skip
 
 
+def test_a_tensor_is_told_once_and_no_layer_of_a_refused_file_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked = check(sound("ort"), TARGETS["tensorrt"])
+    types = [found.node for found in checked.refused if found.rule == "type-not-taken"]
+    assert "in/q" in types and "in/dq" not in types
+    assert (checked.fusion.integer, checked.fusion.integer_share, checked.ran) == ((), 0.0, False)
+    path = saved(sound("ort"), tmp_path)
+    assert main(["--check", path, "--target", "tensorrt"]) == 1
+    printed = capsys.readouterr()
+    assert f"in {len(checked.refused)} places" in printed.err
+    assert printed.out.count(" refused  ") == len(checked.refused)
+    assert "run in integer" not in printed.out
+    assert "no layer runs: target 'tensorrt' refuses the file" in printed.out
+
+
 def test_the_command_line_passes_a_sound_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

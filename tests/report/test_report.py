@@ -19,11 +19,12 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
 from onnx_attnround.pipeline import QuantizeResult
 from onnx_attnround.records import BitAllocation, LayerPlan, LayerRounding, QuantPlan, QuantSpec
-from onnx_attnround.report.console import check_console, console, plan_tables
+from onnx_attnround.report.console import check_console, console, plan_tables, points_table
 from onnx_attnround.report.document import report_dict, write_check, write_json
 from onnx_attnround.report.layout import console_on
+from onnx_attnround.report.result import Point
 from onnx_attnround.targets import TARGETS
-from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
+from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification, slower_note
 from onnx_attnround.verify.results import Extreme, WorstSlice
 
 SPEC = QuantSpec(bits=4, signed=True, symmetric=True, axis=0)
@@ -319,6 +320,31 @@ def test_the_check_is_printed_and_written(result: QuantizeResult, tmp_path: Path
     write_check(tmp_path / "check.json", result.checked)
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["check"] == report_dict(result, QuantConfig())["check"]
+
+
+def test_notes_of_all_points_are_printed_once_each(result: QuantizeResult) -> None:
+    assert result.verification is not None
+    noted = [replace(result, notes=("shared", *more)) for more in ((), ("slow",), ("slow",))]
+    points = [
+        Point(
+            config=QuantConfig(mean_bits=mean), result=one, verification=result.verification,
+            output=None, missed="",
+        )
+        for mean, one in zip((3, 4, 6), noted, strict=True)
+    ]  # fmt: skip
+    lines = text(points_table(points, verbose=False)).splitlines()
+    notes = [line for line in lines if line.startswith("note")]
+    assert notes == ["note: shared", "note (mean bits 4, 6): slow"]
+
+
+def test_layers_in_a_kernel_of_low_bits_are_not_called_float(result: QuantizeResult) -> None:
+    kernels = {"/body/conv[0]": "MatMulNBits", "head": "Gemm"}
+    fusion = replace(result.checked.fusion, integer=(), fallen={}, weight_only=kernels)
+    slow = Latency(
+        batch=16, pairs=9, float_ms=1.0, quantised_ms=2.0, speedup=0.5, spread=(0.4, 0.6)
+    )
+    (note,) = slower_note(slow, fusion)
+    assert "0 of 2 layers run in integer" in note and "in float" not in note
 
 
 def test_many_names_are_counted(result: QuantizeResult) -> None:
