@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,9 +85,30 @@ class LayerPlan:
         return replace(self.weight_spec, bits=bits, block_size=blocks)
 
     @property
+    def stored_as(self) -> tuple[object, ...]:
+        """What layers that read one weight have in common, if codes and scales serve them all."""
+        kind = "matrix" if self.op_type in ("Gemm", "MatMul") else self.op_type
+        layout = [self.attributes.get(name, usual) for name, usual in (("group", 1), ("transB", 0))]
+        return self.weight, kind, *layout, self.weight_spec, self.block_bits
+
+    @property
     def parameters(self) -> int:
         """The number of weights."""
         return int(np.prod(self.weight_shape, dtype=np.int64))
+
+
+def readers_of(
+    layers: Iterable[LayerPlan], bits: Mapping[str, int] | None = None
+) -> dict[str, tuple[LayerPlan, ...]]:
+    """For each node the layers that share the stored weight of its own, itself included, in order.
+
+    With ``bits``, those that are given another width have a weight of their own.
+    """
+    groups: dict[tuple[object, ...], list[LayerPlan]] = {}
+    for layer in layers:
+        width = None if bits is None else bits[layer.node]
+        groups.setdefault((*layer.stored_as, width), []).append(layer)
+    return {layer.node: tuple(group) for group in groups.values() for layer in group}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -247,6 +247,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         storages = plan.target.storages(blocks=config.block_size is not None)
         storage = config.weight_storage or storages[0]
         quantised = qdq.insert(prepared.simplified, plan, params, roundings, storage)
+        run.notes += qdq.store_once(quantised, plan)
         _add_provenance(quantised, config, allocation)
     with run.stage("check"):
         checked = _check(quantised, plan, prepared.given.judged_on)

@@ -26,7 +26,7 @@ import numpy as np
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.plan.patterns import values_for
-from onnx_attnround.records import Array, BitAllocation, LayerErrors, LayerPlan
+from onnx_attnround.records import Array, BitAllocation, LayerErrors, LayerPlan, readers_of
 
 DISTORTION = 0.25
 """``eps^2`` as a share of the mean power, for a layer of average size (docs/experiments.md)."""
@@ -66,26 +66,33 @@ def allocate(
 ) -> BitAllocation:
     """Bits per layer: pinned ones as asked, the others uniform or under ``mean_bits``.
 
+    Layers that read one weight have one width, unless ``layer_bits`` gives them others.
     ``matrix`` gives the weight of a node as ``[g, o, d]``, and is asked for one at a time. Where
     the allocator ``measures`` and there are no ``errors``, layers that are not
     pinned are left out, and the mean is unknown.
     """
     lengths = {} if config.mean_bits is None else _lengths(layers, matrix)
     asked = values_for(config.layer_bits, [layer.node for layer in layers])
-    bits = {layer.node: _pinned(layer, config, asked) for layer in layers}
-    free = [layer for layer in layers if bits[layer.node] is None]
+    groups = readers_of(layer for layer in layers if layer.node not in asked)
+    stored = [group[0] for node, group in groups.items() if group[0].node == node]
+    bits = {layer.node: _pinned(groups[layer.node], config) for layer in stored}
+    free = [layer for layer in stored if bits[layer.node] is None]
     chosen = {layer.node: config.weight_bits for layer in free}
     if measures(config) and errors is None:
         chosen, free = {}, []
     elif config.mean_bits is not None and free:
         widths = ALLOCATORS[config.allocator](free, lengths, errors or {}, config)
         chosen = {layer.node: width for layer, width in zip(free, widths, strict=True)}
-    widths_of = {node: chosen.get(node) if width is None else width for node, width in bits.items()}
-    result = {node: width for node, width in widths_of.items() if width is not None}
+    bits = {node: chosen.get(node) if width is None else width for node, width in bits.items()}
     total = sum(layer.parameters for layer in free)
-    spent = sum(layer.parameters * result[layer.node] for layer in free)
+    spent = sum(layer.parameters * (bits[layer.node] or 0) for layer in free)
+    widths_of = {
+        layer.node: asked.get(layer.node) or bits[groups[layer.node][0].node] for layer in layers
+    }
     return BitAllocation(
-        bits=result, coding_length=lengths, mean_bits=spent / total if total else float("nan")
+        bits={node: width for node, width in widths_of.items() if width is not None},
+        coding_length=lengths,
+        mean_bits=spent / total if total else float("nan"),
     )
 
 
@@ -93,11 +100,14 @@ def _lengths(
     layers: Sequence[LayerPlan], matrix: Callable[[str], Array]
 ) -> dict[str, float]:
     """The coding length of each layer, its distortion in proportion to its size."""
-    usual = sum(layer.parameters for layer in layers) / len(layers)
-    return {
+    first = {node: group[0].node for node, group in readers_of(layers).items()}
+    stored = [layer for layer in layers if first[layer.node] == layer.node]
+    usual = sum(layer.parameters for layer in stored) / len(stored)
+    found = {
         layer.node: coding_length(_rows(matrix(layer.node)), DISTORTION * layer.parameters / usual)
-        for layer in layers
+        for layer in stored
     }
+    return {node: found[source] for node, source in first.items()}
 
 
 def _rows(matrix: Array) -> Array:
@@ -141,10 +151,9 @@ def _level(wanted: float, choices: Sequence[int]) -> int:
     return max(sum(choice <= wanted + 1e-9 for choice in choices) - 1, 0)
 
 
-def _pinned(layer: LayerPlan, config: QuantConfig, asked: Mapping[str, int]) -> int | None:
-    if layer.node in asked:
-        return asked[layer.node]
-    if not layer.first_or_last:
+def _pinned(readers: Sequence[LayerPlan], config: QuantConfig) -> int | None:
+    """The width of a weight of which some reader is a first or last layer; else ``None``."""
+    if not any(layer.first_or_last for layer in readers):
         return None
     uniform = config.mean_bits is None
     return max(config.first_last_bits, config.weight_bits) if uniform else config.first_last_bits

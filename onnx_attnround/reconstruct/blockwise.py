@@ -41,6 +41,7 @@ from onnx_attnround.records import (
     LayerRounding,
     QuantParams,
     QuantPlan,
+    readers_of,
 )
 from onnx_attnround.runtime.device import Value, exact, open_device, room_on
 from onnx_attnround.samples import Samples
@@ -180,7 +181,10 @@ class _Refinement:
     def _rounded_anew(self, shadow: Shadow) -> dict[str, LayerRounding]:
         """The layers one by one, as the first time, now that refined blocks lie before them."""
         roundings = dict(self._result.roundings)
+        readers = readers_of(self._plan.layers, {n: r.spec.bits for n, r in roundings.items()})
         for number, planned in enumerate(self._block):
+            if len(readers[planned.node]) > 1:  # layers in other blocks read the weight, too
+                continue
             bits = roundings[planned.node].spec.bits
             layer = open_layer(self._model, planned, self._result.params, bits, self._device)
             inputs = self._layer_inputs(self._quantised(shadow, roundings), planned.x)
@@ -215,7 +219,9 @@ class _Refinement:
     def _train(self, block: QuantisedBlock) -> None:
         """Adam with cosine decay, on minibatches of stored batches in random order."""
         generator = torch.Generator().manual_seed(self._config.seed + self._index)
-        adam = torch.optim.Adam(block.parameters())
+        if not (parameters := block.parameters()):
+            return
+        adam = torch.optim.Adam(parameters)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
         order: list[int] = []
         for _ in range(STEPS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,9 @@ from onnx_attnround import qdq
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.ops import weight_matrix, weight_tensor
+from onnx_attnround.qdq.arithmetic import spread
 from onnx_attnround.reconstruct.activation_store import ActivationStore
+from onnx_attnround.reconstruct.shared_weights import Batches, moments_ahead, one_bias
 from onnx_attnround.reconstruct.walk import Walk
 from onnx_attnround.records import (
     Array,
@@ -25,6 +27,7 @@ from onnx_attnround.records import (
     QuantParams,
     QuantPlan,
     QuantSpec,
+    readers_of,
 )
 from onnx_attnround.rounding.cross_validation import (
     choose_ridge,
@@ -80,11 +83,16 @@ class Layer:
             codes=weight_tensor(self.plan, fetched(solution.codes.to(torch.int8))),
             scale=scale,
             zero_point=np.zeros(scale.shape, np.int8),
-            bias=None if bias is None else fetched(bias.reshape(-1)).astype(np.float32),
+            bias=self.written(bias),
             mse_nearest=float(error(solution.nearest - self.weight).sum()) / power,
             mse_final=float(error(change).sum()) / power,
             changed=solution.changed,
         )
+
+    @staticmethod
+    def written(bias: torch.Tensor | None) -> Array | None:
+        """A bias ``[g, o]`` as :class:`LayerRounding` has it."""
+        return None if bias is None else fetched(bias.reshape(-1)).astype(np.float32)
 
     def _scales(self, scale: torch.Tensor) -> Array:
         """The scales of a solution as :class:`LayerRounding` has them."""
@@ -102,9 +110,15 @@ def round_plain(
     allocation: BitAllocation,
 ) -> dict[str, LayerRounding]:
     """Nearest rounding of every layer on the error of its weights, without calibration."""
-    roundings = {}
+    roundings: dict[str, LayerRounding] = {}
+    groups = readers_of(plan.layers, allocation.bits)
     for planned in plan.layers:
-        layer = open_layer(model, planned, params, allocation.bits[planned.node])
+        bits, group = allocation.bits[planned.node], groups[planned.node]
+        layer = open_layer(model, planned, params, bits, readers=group)
+        if planned is not group[0]:
+            known = roundings[group[0].node]
+            roundings[planned.node] = replace(known, bias=layer.written(layer.bias))
+            continue
         problem = plain_objective(
             layer.weight, layer.spec, scale_floor=layer.scale_floor, shared_axes=layer.shared_axes
         )
@@ -138,6 +152,8 @@ def round_layers(
     roundings = round_plain(model, plan, params, allocation)
     quantised = qdq.insert(model, plan, params, roundings, "int8")
     kept = [checkpoint.get("round", index) for index in range(len(plan.layers))]
+    readers = _Readers(model, plan, params, allocation, samples, config, device)
+    readers.look_ahead([plan.layers[i].node for i, known in enumerate(kept) if known is None])
     with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
         walk = Walk(
             model,
@@ -152,25 +168,89 @@ def round_layers(
         for index, planned in enumerate(plan.layers):
             if None in kept[index:]:
                 walk.advance(index)
-            layer = open_layer(model, planned, params, allocation.bits[planned.node], device)
-            rounding = kept[index] or roundings[planned.node]
-            if kept[index] is None:
+            layer = readers.open(planned)
+            rounding = kept[index]
+            if rounding is None:
                 with torch_threads(layer, config.threads):
-                    moments = moments_of(
-                        layer,
-                        walk.inputs(index),
-                        samples.count,
-                        params.get(planned.x),
-                        correlations=config.method != "nearest",
-                    )
-                    if moments.finite:  # else what round_plain made of the layer stays
-                        rounding = round_layer(layer, moments, config, index)
+                    rounding = readers.round(layer, walk.inputs(index), roundings, index)
                 checkpoint.put(rounding, "round", index)
             roundings[planned.node] = rounding
             qdq.update_layer(quantised, planned, rounding, params, plan)
             detail = _outcome(layer, rounding) + (TAKEN if kept[index] else "")
             on_event(Event(stage="round", done=index + 1, total=len(plan.layers), detail=detail))
     return roundings
+
+
+class _Readers:
+    """Rounds layers one after the other, but a weight of several of them once."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        params: Mapping[str, QuantParams],
+        allocation: BitAllocation,
+        samples: Samples,
+        config: QuantConfig,
+        device: torch.device,
+    ) -> None:
+        self._model, self._params, self._bits = model, params, allocation.bits
+        self._samples, self._config, self._device = samples, config, device
+        self._groups = readers_of(plan.layers, allocation.bits)
+        self._ahead: dict[str, Moments] = {}
+
+    def look_ahead(self, nodes: Sequence[str]) -> None:
+        """Collect what the later readers of the weights of ``nodes`` read in the float model."""
+        firsts = {node for node in nodes if self._groups[node][0].node == node}
+        groups = [self._groups[node] for node in self._groups if node in firsts]
+
+        def moments(planned: LayerPlan, batches: Batches) -> Moments:
+            params = self._params.get(planned.x)
+            alone = ((x, _codes_of(x, params)) for x, _ in batches)
+            layer, group = self.open(planned), self._groups[planned.node]
+            with torch_threads(layer, self._config.threads):
+                return self._moments(layer, alone, len(group))
+
+        self._ahead = moments_ahead(self._model, groups, self._samples, self._config, moments)
+
+    def open(self, planned: LayerPlan) -> Layer:
+        """One of the layers."""
+        bits, group = self._bits[planned.node], self._groups[planned.node]
+        return open_layer(self._model, planned, self._params, bits, self._device, group)
+
+    def round(
+        self, layer: Layer, batches: Batches, known: Mapping[str, LayerRounding], index: int
+    ) -> LayerRounding:
+        """Round a layer; in ``known`` those before it are, the others as without calibration."""
+        group = self._groups[layer.plan.node]
+        first, own_bias = group[0], not one_bias(self._model, group, self._params)
+        if layer.plan is not first and not own_bias:
+            return known[first.node]
+        moments = self._moments(layer, batches)
+        result = known[layer.plan.node]
+        if layer.plan is first and moments.finite:
+            pooled = moments
+            if first.node in self._ahead:
+                pooled = moments.mixed(self._ahead.pop(first.node), 1 - 1 / len(group))
+            result = round_layer(layer, pooled, self._config, index) if pooled.finite else result
+        elif layer.plan is not first:
+            result = replace(known[first.node], bias=result.bias)
+        alone = len(group) == 1 or not own_bias
+        return result if alone or not moments.finite else follow(layer, moments, result)
+
+    def _moments(self, layer: Layer, batches: Batches, readers: int = 1) -> Moments:
+        """What the layer is rounded on, from fewer rows if others of its ``readers`` add theirs."""
+        group, params = self._groups[layer.plan.node], self._params
+        own_bias = len(group) == 1 or not one_bias(self._model, group, params)
+        count = self._samples.count * readers
+        return moments_of(
+            layer,
+            batches,
+            count,
+            params.get(layer.plan.x),
+            correlations=self._config.method != "nearest",
+            own_bias=own_bias,
+        )
 
 
 def moments_of(
@@ -180,11 +260,13 @@ def moments_of(
     params: QuantParams | None,
     *,
     correlations: bool = True,
+    own_bias: bool = True,
 ) -> Moments:
     """The moments that ``layer`` is rounded on: centred where a bias takes up the mean error.
 
-    ``batches``, ``count``, ``params`` and ``correlations`` as in :func:`moments.collect`. Where
-    the streams differ in their rows, the float one stands for both.
+    ``batches``, ``count``, ``params`` and ``correlations`` as in :func:`moments.collect`; a
+    bias that is not the layer's own takes up the error of others, too. Where the streams differ
+    in their rows, the float one stands for both.
     """
     same_rows = (
         (x, v if v.shape == x.shape else _codes_of(x, params)) for x, v in batches
@@ -195,7 +277,7 @@ def moments_of(
         same_rows,
         count,
         params,
-        centred=layer.bias is not None,
+        centred=layer.bias is not None and own_bias,
         correlations=correlations,
     )
 
@@ -247,11 +329,29 @@ def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int)
             gram = moments.gram.ridged(ridge)
             problem = towards(problem, gram, correction.whole)
     solution = solve(problem, method, steps=config.steps, seed=config.seed + index)
-    bias = None
-    if layer.bias is not None:
-        delta = solution.codes * solution.scale - layer.weight
-        bias = layer.bias + mean_error(layer.weight, delta, moments)
+    delta = solution.codes * solution.scale - layer.weight
+    bias = None if layer.bias is None else layer.bias + mean_error(layer.weight, delta, moments)
     return layer.rounding(solution, bias, moments.error, float(moments.signal.sum()))
+
+
+def follow(layer: Layer, moments: Moments, rounding: LayerRounding) -> LayerRounding:
+    """``rounding``, of another reader of the weight, with the bias and the errors of ``layer``."""
+    shape, spec = rounding.codes.shape, rounding.spec
+    scales = np.broadcast_to(spread(rounding.scale, shape, spec), shape)
+    codes, scale = (
+        torch.from_numpy(weight_matrix(layer.plan, values).astype(np.float32)).to(layer.weight)
+        for values in (rounding.codes, scales)
+    )
+    nearest = (layer.weight / scale).round().clamp(spec.qmin, spec.qmax)
+    plain, delta = (each * scale - layer.weight for each in (nearest, codes))
+    bias = None if layer.bias is None else layer.bias + mean_error(layer.weight, delta, moments)
+    power = max(float(moments.signal.sum()), 1e-30)
+    return replace(
+        rounding,
+        bias=layer.written(bias),
+        mse_nearest=float(moments.error(plain).sum()) / power,
+        mse_final=float(moments.error(delta).sum()) / power,
+    )
 
 
 def _outcome(layer: Layer, rounding: LayerRounding) -> str:
@@ -268,14 +368,21 @@ def open_layer(
     params: Mapping[str, QuantParams],
     bits: int,
     device: torch.device = CPU,
+    readers: Sequence[LayerPlan] = (),
 ) -> Layer:
-    """The layer, its weight and bias from ``model`` on ``device``, to be rounded to ``bits``."""
+    """The layer, its weight and bias from ``model`` on ``device``, to be rounded to ``bits``.
+
+    Its scales will serve all ``readers`` of the weight.
+    """
     matrix = weight_matrix(plan, _constant(model, plan.weight))
     weight = torch.from_numpy(matrix.copy()).to(device)
     bias = _bias(model, plan, weight)
     floor = weight.new_full(weight.shape[:2], torch.finfo(torch.float32).tiny)
-    if bias is not None and plan.x in params:
-        floor = torch.maximum(floor, bias.abs() / (float(params[plan.x].scale) * INT32_HEADROOM))
+    for reader in readers or (plan,):
+        held = _bias(model, reader, weight)
+        if held is not None and reader.x in params:
+            step = float(params[reader.x].scale) * INT32_HEADROOM
+            floor = torch.maximum(floor, held.abs() / step)
     layer = Layer(plan, plan.spec_of(bits), weight, bias, floor)
     if layer.shared_axes:
         floor = floor.amax(layer.shared_axes, keepdim=True).expand_as(floor)

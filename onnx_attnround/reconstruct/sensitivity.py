@@ -30,7 +30,15 @@ from onnx_attnround.reconstruct.layerwise import (
     torch_threads,
 )
 from onnx_attnround.reconstruct.walk import Walk
-from onnx_attnround.records import Array, Event, LayerErrors, LayerPlan, LayerRounding, QuantPlan
+from onnx_attnround.records import (
+    Array,
+    Event,
+    LayerErrors,
+    LayerPlan,
+    LayerRounding,
+    QuantPlan,
+    readers_of,
+)
 from onnx_attnround.rounding.moments import Moments
 from onnx_attnround.runtime.device import open_device, room_on
 from onnx_attnround.runtime.session import first_line, open_session
@@ -56,21 +64,23 @@ def layer_errors(
     run on the samples.
     """
     checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
-    kept = [checkpoint.get("measure", index) for index in range(len(plan.layers))]
+    first = {node: group[0] for node, group in readers_of(plan.layers).items()}
+    layers = [each for each in plan.layers if first[each.node] is each]  # one reader of a weight
+    kept = [checkpoint.get("measure", index) for index in range(len(layers))]
     probe = _Probe(model, plan.layers, samples, config)
     errors = {}
     with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
         walk = Walk(
             model,
             None,
-            plan.layers,
+            layers,
             samples,
             batch_size=config.batch_size,
             store=store,
             threads=config.threads,
             device=device,
         )
-        for index, planned in enumerate(plan.layers):
+        for index, planned in enumerate(layers):
             if None in kept[index:]:
                 walk.advance(index)
             if missing := kept[index] is None:
@@ -81,9 +91,9 @@ def layer_errors(
                 checkpoint.put(kept[index], "measure", index)
             errors[planned.node] = kept[index]
             detail = planned.node + ("" if missing else TAKEN)
-            done = Event(stage="measure", done=index + 1, total=len(plan.layers), detail=detail)
+            done = Event(stage="measure", done=index + 1, total=len(layers), detail=detail)
             on_event(done)
-    return errors
+    return {node: errors[layer.node] for node, layer in first.items()}
 
 
 def _costs(

@@ -12,7 +12,14 @@ import torch
 
 from onnx_attnround.qdq.arithmetic import spread
 from onnx_attnround.reconstruct.fake_quantise import fake_quantise, rounded
-from onnx_attnround.records import Array, LayerPlan, LayerRounding, QuantParams, QuantPlan
+from onnx_attnround.records import (
+    Array,
+    LayerPlan,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+    readers_of,
+)
 from onnx_attnround.runtime.device import fetched
 from onnx_attnround.shadow import Shadow
 
@@ -25,7 +32,8 @@ class QuantisedBlock:
     """The shadow of a block, with weights and activations quantised.
 
     Starts as ``roundings`` and ``params`` have it; learns offsets of the codes, scales,
-    biases, and the steps of activations of fewer than 8 bits that are not ``settled``.
+    biases, and the steps of activations of fewer than 8 bits that are not ``settled``. Weights
+    and biases that layers elsewhere read, too, stay as they are.
     """
 
     def __init__(
@@ -38,7 +46,14 @@ class QuantisedBlock:
         settled: set[str],
     ) -> None:
         self.shadow = shadow
+        bits = {node: rounding.spec.bits for node, rounding in roundings.items()}
+        readers = readers_of(plan.layers, bits)
         self._layers = [_Layer(layer, roundings[layer.node], shadow) for layer in layers]
+        for item in self._layers:
+            if len(group := readers[item.plan.node]) > 1:
+                biases = (roundings[reader.node].bias for reader in group)
+                stored = {None if bias is None else bias.tobytes() for bias in biases}
+                item.fix(with_bias=len(stored) == 1)
         self._plan = plan
         self._params = {n: p for n, p in params.items() if n not in plan.same_range}
         self._read = {name for step in shadow.steps for name in step.inputs}
@@ -56,7 +71,8 @@ class QuantisedBlock:
             "bias": [item.bias for item in layers if item.bias is not None],
             "step": list(self._steps.values()),
         }
-        return [{"params": leaves[key], "lr": rate} for key, rate in RATES.items() if leaves[key]]
+        free = {key: [t for t in found if t.requires_grad] for key, found in leaves.items()}
+        return [{"params": free[key], "lr": rate} for key, rate in RATES.items() if free[key]]
 
     def forward(
         self, feeds: Tensors, seen: MutableMapping[str, torch.Tensor] | None = None
@@ -127,6 +143,12 @@ class _Layer:
         self.offset = _leaf(self._start(_float(rounding.codes, device)))
         self.log_scale = _leaf(torch.zeros_like(self._scale))
         self.bias = None if rounding.bias is None else _leaf(_float(rounding.bias, device))
+
+    def fix(self, *, with_bias: bool) -> None:
+        """Learn no codes and scales, and no bias if that is to stay, too."""
+        for leaf in (self.offset, self.log_scale, self.bias if with_bias else None):
+            if leaf is not None:
+                leaf.requires_grad = False
 
     def _spread(self, scale: torch.Tensor) -> torch.Tensor:
         """One scale a channel or block, as codes are multiplied by it."""

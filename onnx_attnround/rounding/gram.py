@@ -47,6 +47,10 @@ class Gram(ABC):
     def centred(self, mean: torch.Tensor) -> Gram:
         """That of ``v`` less its ``mean [g, d]``."""
 
+    @abstractmethod
+    def mixed(self, other: Gram, share: float) -> Gram:
+        """The mean of this and ``other``, of the same form, which has ``share`` of the weight."""
+
     @property
     @abstractmethod
     def finite(self) -> bool:
@@ -83,6 +87,9 @@ class _Dense(Gram):
 
     def centred(self, mean: torch.Tensor) -> _Dense:
         return _Dense(self.matrix - mean[:, :, None] * mean[:, None, :])
+
+    def mixed(self, other: Gram, share: float) -> _Dense:
+        return _Dense(torch.lerp(self.matrix, other.block(slice(None)), share))
 
     @property
     def finite(self) -> bool:
@@ -128,6 +135,12 @@ class _Factored(Gram):
         offset = mean[:, None, :] / max(self.rows.shape[1], 1) ** 0.5
         return _Factored(self.rows - offset, self.ridge)
 
+    def mixed(self, other: Gram, share: float) -> _Factored:
+        if not isinstance(other, _Factored):
+            raise TypeError(f"got a {type(other).__name__}, expected a {type(self).__name__}")
+        rows = torch.cat([self.rows * (1 - share) ** 0.5, other.rows * share**0.5], 1)
+        return _Factored(rows, torch.lerp(self.ridge, other.ridge, share))
+
     @property
     def finite(self) -> bool:
         return bool(self.diagonal.isfinite().all())
@@ -163,6 +176,9 @@ class _Diagonal(Gram):
 
     def centred(self, mean: torch.Tensor) -> _Diagonal:
         return _Diagonal((self.powers - mean.square()).clamp_min(0.0))
+
+    def mixed(self, other: Gram, share: float) -> _Diagonal:
+        return _Diagonal(torch.lerp(self.powers, other.diagonal, share))
 
     @property
     def finite(self) -> bool:

@@ -69,6 +69,21 @@ class Moments:
         means = (self.linear, self.mean_v, self.mean_e, self.power, self.signal)
         return self.gram.finite and all(bool(mean.isfinite().all()) for mean in means)
 
+    def mixed(self, other: Moments, share: float) -> Moments:
+        """The mean with those of another reader of the weight, which make up ``share`` of it."""
+        return Moments(
+            gram=self.gram.mixed(other.gram, share),
+            linear=torch.lerp(self.linear, other.linear, share),
+            mean_v=torch.lerp(self.mean_v, other.mean_v, share),
+            mean_e=torch.lerp(self.mean_e, other.mean_e, share),
+            power=torch.lerp(self.power, other.power, share),
+            signal=torch.lerp(self.signal, other.signal, share),
+            folds=tuple(
+                one.mixed(another, share)
+                for one, another in zip(self.folds, other.folds, strict=False)
+            ),
+        )
+
 
 def collect(
     layer: LayerPlan,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.records import Array, LayerPlan, QuantPlan, QuantSpec
+from onnx_attnround.records import Array, LayerPlan, QuantPlan, QuantSpec, readers_of
 from onnx_attnround.smooth.division import CannotDivideError, Edit, divide
 
 _AXES = {"MatMul": -1, "Gemm": -1, "Conv": 1, "ConvTranspose": 1}
@@ -40,6 +40,12 @@ def find_groups(model: ir.Model, plan: QuantPlan) -> list[Group]:
     readers: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
         readers.setdefault(layer.x, []).append(layer)
+    shared = _sharing(plan)  # a weight that others read is stored once, so that it has one scale
+    readers = {
+        name: layers
+        for name, layers in readers.items()
+        if shared.isdisjoint(layer.node for layer in layers)
+    }
     values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     found = (_group(values[name], layers, plan) for name, layers in readers.items())
     return [group for group in found if group is not None]
@@ -97,9 +103,15 @@ def _edits(
 
 
 def _fixed(name: str, plan: QuantPlan) -> set[str]:
-    """Quantised tensors of a range of their own; layers whose channels share one scale."""
+    """Quantised tensors of a range of their own; layers whose channels share a scale or weight."""
     alone = {other for other in plan.activations if not _moves(other, name, plan.same_range)}
-    return alone | {layer.node for layer in plan.layers if layer.weight_spec.axis is None}
+    one_scale = {layer.node for layer in plan.layers if layer.weight_spec.axis is None}
+    return alone | one_scale | _sharing(plan)
+
+
+def _sharing(plan: QuantPlan) -> set[str]:
+    """The layers whose weight others read, too."""
+    return {node for node, group in readers_of(plan.layers).items() if len(group) > 1}
 
 
 def _moves(source: str, name: str, same_range: Mapping[str, str]) -> bool:

@@ -224,7 +224,7 @@ def layer(name: str, outputs: int, depth: int, *, end: bool = False) -> LayerPla
         op_type="Gemm",
         x="x",
         y="y",
-        weight="w",
+        weight=f"{name}/w",
         bias=None,
         weight_shape=(outputs, depth),
         weight_spec=QuantSpec(bits=8, signed=True, symmetric=True, axis=0),
