@@ -221,7 +221,7 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_result(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_work_dir_that_cannot_be_used_is_told(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OutputError, match="another --work-dir"):
+    with pytest.raises(OutputError, match="another `work_dir`"):
         check_work_dir(tmp_path / name)
 
 

@@ -162,9 +162,9 @@ FAULTS = {
         code=2,
     ),
     "option unknown": Fault("--weight-bit", arguments=(*RUN, "--weight-bit", "4"), code=2),
-    "value out of range": Fault("weight_bits", arguments=(*RUN, "--weight-bits", "1"), code=2),
+    "value out of range": Fault("--weight-bits", arguments=(*RUN, "--weight-bits", "1"), code=2),
     "value of another type": Fault("--samples", arguments=(*RUN, "--samples", "all"), code=2),
-    "value not finite": Fault("mean_bits", arguments=(*RUN, "--mean-bits", "nan"), code=2),
+    "value not finite": Fault("--mean-bits", arguments=(*RUN, "--mean-bits", "nan"), code=2),
     "pattern fits no node": Fault(
         "'/head/*' matches no node", arguments=(*RUN, "--exclude", "/head/*"), code=2
     ),

@@ -280,7 +280,7 @@ def test_the_command_line_takes_a_block_size(
     np.savez(calib, x=samples(8))
     given = [str(encoder(folder)), str(output), "--calib", str(calib), "--block-size", "64"]
     assert main([*given, "--quiet"]) == 2
-    assert "give act_bits 32" in capsys.readouterr().err
+    assert "give --act-bits 32" in capsys.readouterr().err
     assert main([*given, "--act-bits", "32", "--weight-bits", "4", "--method", "nearest"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"{LAYERS} of {LAYERS} layers have low-bit weights and float inputs in ONNX" in printed

@@ -831,7 +831,7 @@ def test_an_output_that_is_refused_is_not_written(
     made = Builder()
     made.node("Conv", ["x", made.constant("w", np.ones((4, 4, 3, 3)))], "y")
     samples = {"x": np.ones((8, 4, 6, 6), np.float32)}
-    words = "target 'ort' in 1 place, first always at node: it just is; `exclude` the node"
+    words = "target 'ort' in 1 place, first always at node: it just is; `exclude` that node"
     with pytest.raises(OutputError, match=words):
         config = QuantConfig(method="nearest")
         quantize(made.build("y"), samples, config, output=tmp_path / "o.onnx")

@@ -44,7 +44,7 @@ def test_an_impossible_limit_is_refused_with_what_is_needed() -> None:
 def test_blocks_are_refused() -> None:
     samples = np.load(MODELS / "digits_calib.npz")["input"][:16]
     config = QuantConfig(memory_limit=4_000_000_000, reconstruct="block")
-    with pytest.raises(ConfigError, match="'memory_limit': it does not hold for blocks"):
+    with pytest.raises(ConfigError, match="`memory_limit`: it does not hold for blocks"):
         quantize(MODELS / "digits_resnet.onnx", samples, config)
 
 

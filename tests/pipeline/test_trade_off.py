@@ -66,7 +66,7 @@ def test_each_file_is_that_of_a_run_of_its_own(allocator: str, tmp_path: Path) -
     for point in points:
         assert point.output is not None
         mean = point.config.mean_bits
-        assert point.output == point_path(out, mean or 0)
+        assert point.output == point_path(out, point.config)
         assert point.size == point.output.stat().st_size
         assert point.result.allocation.mean_bits <= (mean or 0)
         alone = tmp_path / "alone.onnx"
@@ -86,13 +86,13 @@ def test_what_does_not_depend_on_the_bits_is_done_once(monkeypatch: pytest.Monke
 
         return call
 
-    for name in ("simplify", "plan_model", "calibrate", "_measure", "_round"):
+    for name in ("simplify", "plan_parted", "ranges_of", "_measure", "_round"):
         monkeypatch.setattr(pipeline, name, counted(name))
     events: list[Event] = []
     points = trade_off(
         RESNET, samples(), config(), mean_bits=[3, 4, 6], on_event=events.append
     )
-    assert done == ["simplify", "plan_model", "calibrate", "_measure", *["_round"] * 3]
+    assert done == ["simplify", "plan_parted", "ranges_of", "_measure", *["_round"] * 3]
     stages = list(dict.fromkeys(event.stage for event in events))
     own = [f"{stage} w{mean}" for mean in (3, 4, 6) for stage in OWN]
     assert stages == SHARED + own

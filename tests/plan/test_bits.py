@@ -318,7 +318,7 @@ def test_rescaled_weights_get_the_same_bits() -> None:
 
 
 def test_a_budget_below_the_narrowest_choice_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"mean_bits 3\.5") as caught:
+    with pytest.raises(ConfigError, match=r"`mean_bits` 3\.5") as caught:
         allocation(mean_bits=3.5, bit_choices=[4, 8])
     assert caught.value.exit_code == 2
     assert allocation(mean_bits=4, bit_choices=[4, 8]).mean_bits == 4.0

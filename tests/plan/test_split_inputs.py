@@ -78,7 +78,7 @@ def test_a_parted_stream_is_worth_decibels(
         return verification.outputs[0].sqnr_db or 0.0
 
     with_parting = sqnr()
-    monkeypatch.setattr("onnx_attnround.pipeline.part_layers", lambda model, plan, config: model)
+    monkeypatch.setattr("onnx_attnround.pipeline.activations.part_layers", lambda model, plan, config: model)
     assert with_parting > sqnr() + 0.5
 
 
