@@ -88,7 +88,7 @@ def prepared(folder: Path) -> Path:
     (folder / "temp").mkdir()
     rng = np.random.default_rng(0)
     onnx.save(build_proto(TEXT), work / "in.onnx")
-    np.savez(work / "calib.npz", x=rng.normal(size=(160, 2, 32, 32)).astype(np.float32))
+    np.savez(work / "calib.npz", x=rng.normal(size=(240, 2, 32, 32)).astype(np.float32))
     (work / "config.toml").write_text(SETTINGS)
     return work
 

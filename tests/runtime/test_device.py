@@ -114,7 +114,7 @@ def test_cuda_without_a_gpu_is_one_clear_error(
     out = tmp_path / "out.onnx"
     arguments = [str(MODELS / "digits_resnet.onnx"), str(out), "--device", "cuda"]
     assert main(arguments) == 2
-    assert "error: option `device`: got cuda" in capsys.readouterr().err
+    assert "error: option --device: got cuda" in capsys.readouterr().err
     assert not out.exists()
 
 
