@@ -12,6 +12,7 @@ from layered_models import layered
 from small_models import build
 
 from onnx_attnround import QuantConfig, quantize
+from onnx_attnround.pipeline import activations
 from onnx_attnround.plan import make_plan
 from onnx_attnround.plan.split_inputs import part_floats, part_layers
 
@@ -83,7 +84,7 @@ def test_a_parted_stream_is_worth_decibels(
         return result.verification.outputs[0].sqnr_db or 0.0
 
     with_parting = sqnr()
-    monkeypatch.setattr("onnx_attnround.pipeline.activations.part_layers", lambda model, plan, config: model)
+    monkeypatch.setattr(activations, "part_layers", lambda model, plan, config: model)
     assert with_parting > sqnr() + 0.5
 
 

@@ -107,7 +107,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"option `device`: got cuda, and PyTorch .* `device` cpu"):
+    with pytest.raises(ConfigError, match=r"`device`: got cuda, and PyTorch .* `device` cpu"):
         open_device("cuda")
     with pytest.raises(ConfigError, match="cannot start its CUDAExecutionProvider; install"):
         open_session(build("g (float[N] x) => (float[N] y) { y = Relu(x) }"), device="cuda")
