@@ -56,7 +56,7 @@ def pairs_beyond_int16(view: View) -> Found:
             yield product.node.name or "", (
                 f"two codes of its weight add up to {largest}: on x86-64 CPUs without VNNI its "
                 "sums may be cut off at 16 bits, and its output wrong; codes of up to "
-                f"±{view.target.code_limit(highest)} (--weight-range safe) are exact on all"
+                f"±{view.target.code_limit(highest)} (`weight_range` safe) are exact on all"
             )
 
 
