@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from onnx_attnround.ops import is_depthwise
-from onnx_attnround.records import LayerPlan, QuantSpec
+from onnx_attnround.records import LayerPlan, QuantSpec, readers_of
 from onnx_attnround.targets import Target
 
 
@@ -14,10 +14,15 @@ def with_limits(
     layers: Sequence[LayerPlan], activations: Mapping[str, QuantSpec], target: Target
 ) -> tuple[LayerPlan, ...]:
     """The layers, the codes of their weights limited so that no pair of products overflows."""
-    limits = [_limit(layer, activations.get(layer.x), target) for layer in layers]
+    limits = {layer.node: _limit(layer, activations.get(layer.x), target) for layer in layers}
+    groups = readers_of(layers)  # a weight is stored once, so that its readers have one limit
+    least = {
+        node: min((limit for each in group if (limit := limits[each.node])), default=None)
+        for node, group in groups.items()
+    }
     return tuple(
-        replace(layer, weight_spec=replace(layer.weight_spec, limit=limit))
-        for layer, limit in zip(layers, limits, strict=True)
+        replace(layer, weight_spec=replace(layer.weight_spec, limit=least[layer.node]))
+        for layer in layers
     )
 
 
