@@ -51,17 +51,20 @@ def find_smoothing(
             break
         by_name[name].update(value)
     return {
-        name: choose(each, [_layer(model, layer) for layer in each.group.layers], config.observer)
+        name: choose(
+            each, [_layer(model, layer, config) for layer in each.group.layers], config.observer
+        )
         for name, each in by_name.items()
         if each.complete
     }
 
 
-def _layer(model: ir.Model, plan: LayerPlan) -> Layer:
+def _layer(model: ir.Model, plan: LayerPlan, config: QuantConfig) -> Layer:
     weight = weight_matrix(plan, tensor_value(model, plan.weight))
     groups, outputs, depth = weight.shape
     inputs = channels_of(plan) // groups
     channels = np.arange(groups * inputs).reshape(groups, 1, inputs)
     tiled = np.tile(channels, (1, depth // inputs, 1)).reshape(groups, depth)
     some = np.array(weight[:, :: -(-outputs * groups // MOST_OUTPUTS)], np.float32)
-    return Layer(plan, torch.from_numpy(some), torch.from_numpy(tiled))
+    bits = max(config.weight_bits, config.first_last_bits * plan.first_or_last)
+    return Layer(plan, plan.spec_of(bits), torch.from_numpy(some), torch.from_numpy(tiled))

@@ -19,6 +19,8 @@ Form = tuple[str, float]
 NONE: Form = ("peak", 0.0)
 FORMS: tuple[Form, ...] = (NONE, *product(("rms", "peak"), (0.25, 0.5, 0.75, 1.0)))
 """Scales are powers of a channel's root mean square or peak: 1 makes all channels alike."""
+WORTH = 0.8
+"""Of the error, what may remain on either fold: less of a gain may be the samples' own."""
 WORTH_A_NODE = 0.5
 """Of the error, what may remain where a Mul must do it: half a bit less."""
 LEAST = 2.0**-8
@@ -31,9 +33,13 @@ FITTED = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of the group: weight ``[g, o, d]``, and the channel of each input ``[g, d]``."""
+    """A layer of the group: weight ``[g, o, d]``, and the channel of each input ``[g, d]``.
+
+    ``spec`` is what the weight is to be rounded to.
+    """
 
     plan: LayerPlan
+    spec: QuantSpec
     weight: torch.Tensor
     channels: torch.Tensor
 
@@ -50,7 +56,9 @@ def choose(statistics: Statistics, layers: Sequence[Layer], observer: str) -> Sm
 
     quick = ("minmax",) if observer == "minmax" else ("minmax", "clipped")
     tried = {form: min((errors(form, watch) for watch in quick), key=np.sum) for form in FORMS}
-    worth = tried[NONE] * (1.0 if statistics.group.folds else WORTH_A_NODE)
+    matrices = all(layer.plan.op_type in ("Gemm", "MatMul") for layer in layers)
+    node = WORTH_A_NODE if matrices else 0.0  # a Mul of a feature map takes too long
+    worth = tried[NONE] * (WORTH if statistics.group.folds else node)
     better = [form for form, error in tried.items() if (error < worth).all()]
     form = min(better, key=lambda form: float(tried[form].sum()), default=NONE)
     observers = {"mse", "minmax"} if observer in ("auto", "mse") else {observer}
@@ -84,7 +92,7 @@ def _error(
         weight = layer.weight * by_input
         wanted = judged @ weight.transpose(1, 2)
         x = _activations(judged, learned, ends, statistics.group.spec, observer)
-        got = x @ _nearest(weight, layer.plan.weight_spec).transpose(1, 2)
+        got = x @ _nearest(weight, layer.spec).transpose(1, 2)
         power = float(wanted.square().sum())
         total += float((got - wanted).square().sum()) / max(power, 1e-30)
     return total

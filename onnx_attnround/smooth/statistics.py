@@ -36,7 +36,8 @@ class Statistics:
 
     def update(self, x: Array) -> None:
         """Take in the next samples of the tensor, on axis 0."""
-        if x.ndim < 2:
+        # A layer whose samples are not what it multiplies fails later, with a message of its own.
+        if x.ndim < 2 or x.shape[self.group.axis] != self.group.channels:
             return
         fold = np.arange(self.seen, self.seen + len(x)) % FOLDS
         for which in range(FOLDS):
