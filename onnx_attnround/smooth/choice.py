@@ -23,6 +23,8 @@ WORTH = 0.8
 """Of the error, what may remain on either fold: less of a gain may be the samples' own."""
 WORTH_A_NODE = 0.5
 """Of the error, what may remain where a Mul must do it: half a bit less."""
+LEAST_OUTPUTS = 128
+"""Products that each factor of a Mul must serve, so that it adds less than a hundredth."""
 LEAST = 2.0**-8
 """Of the largest channel's size, what others count as at least: they lie within one step."""
 CLIPPED = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -56,15 +58,20 @@ def choose(statistics: Statistics, layers: Sequence[Layer], observer: str) -> Sm
 
     quick = ("minmax",) if observer == "minmax" else ("minmax", "clipped")
     tried = {form: min((errors(form, watch) for watch in quick), key=np.sum) for form in FORMS}
-    matrices = all(layer.plan.op_type in ("Gemm", "MatMul") for layer in layers)
-    node = WORTH_A_NODE if matrices else 0.0  # a Mul of a feature map takes too long
-    worth = tried[NONE] * (WORTH if statistics.group.folds else node)
+    worth = tried[NONE] * (WORTH if statistics.group.folds else _worth_a_node(layers))
     better = [form for form, error in tried.items() if (error < worth).all()]
     form = min(better, key=lambda form: float(tried[form].sum()), default=NONE)
     observers = {"mse", "minmax"} if observer in ("auto", "mse") else {observer}
     watch = min(sorted(observers), key=lambda watch: float(errors(form, watch).sum()))
     scale = None if form == NONE else scale_of(statistics, form, range(FOLDS))
     return Smoothing(scale=scale, observer=watch)
+
+
+def _worth_a_node(layers: Sequence[Layer]) -> float:
+    """What may remain of the error if a Mul does it; that of a feature map takes too long."""
+    matrices = all(layer.plan.op_type in ("Gemm", "MatMul") for layer in layers)
+    outputs = sum(layer.plan.parameters // layer.weight.shape[-1] for layer in layers)
+    return WORTH_A_NODE if matrices and outputs >= LEAST_OUTPUTS else 0.0
 
 
 def scale_of(statistics: Statistics, form: Form, folds: Sequence[int]) -> Array:
