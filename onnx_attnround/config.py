@@ -138,8 +138,10 @@ class QuantConfig(Settings):
         "What is matched to the float model: each layer, or then each block of layers too, with "
         "activations quantised in the loop, which takes some five times as long",
     )
-    smooth: bool = _key(
-        _METHOD, True, "Move range from activations to weights, channel by channel, where that pays"
+    smooth: Literal["auto", "never"] = _key(
+        _METHOD,
+        "auto",
+        "Whether range moves from activations to weights, channel by channel, where that pays",
     )
     observer: Literal["minmax", "percentile", "entropy", "mse"] = _key(
         _METHOD,

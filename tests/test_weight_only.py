@@ -127,7 +127,7 @@ def test_an_encoder_runs_in_matmulnbits(
     bits: int, block: int | None, folder: Path, tmp_path: Path
 ) -> None:
     path = encoder(folder)
-    result = made(path, bits, block_size=block, smooth="no")  # the weights are compared below
+    result = made(path, bits, block_size=block, smooth="never")  # weights are compared
     onnx.checker.check_model(ir.to_proto(graph.in_memory(result.model)), full_check=True)
     assert len(result.plan.layers) == LAYERS
     assert kernels(result.model, tmp_path) == {f"MatMulNBits{max(bits, 4)}": LAYERS}

@@ -19,7 +19,7 @@ def smooth_model(
 
     Without samples, or where the config turns it off, ``model`` and ``plan`` themselves.
     """
-    if samples is None or not run.config.smooth:
+    if samples is None or run.config.smooth == "never":
         return model, plan, {}
     from onnx_attnround.smooth import find_smoothing, smoothed  # with torch: takes a second
 

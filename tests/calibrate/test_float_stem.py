@@ -41,7 +41,7 @@ def model_of(*, fragile: bool) -> tuple[ir.Model, Array]:
 
 def converted(*, fragile: bool, **options: Any) -> Any:
     model, x = model_of(fragile=fragile)
-    return quantize(model, {"x": x}, {"threads": 1, "steps": 0, "smooth": "no", **options})
+    return quantize(model, {"x": x}, {"threads": 1, "steps": 0, "smooth": "never", **options})
 
 
 def note_of(result: Any) -> str:

@@ -71,7 +71,7 @@ def test_a_parted_stream_is_worth_decibels(
     monkeypatch: pytest.MonkeyPatch, models_dir: Path
 ) -> None:
     feeds = {"input": np.load(models_dir / "digits_calib.npz")["input"][:256]}
-    config = QuantConfig(weight_bits=8, act_bits=3, steps=0, smooth="no")  # little left to chance
+    config = QuantConfig(weight_bits=8, act_bits=3, steps=0, smooth="never")
 
     def sqnr() -> float:
         result = quantize(
