@@ -14,7 +14,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.pipeline.context import Run
 from onnx_attnround.plan import make_plan
 from onnx_attnround.plan.split_inputs import part_floats, part_layers
-from onnx_attnround.records import Event, QuantPlan
+from onnx_attnround.records import Event, QuantParams, QuantPlan
 from onnx_attnround.samples import Samples
 
 
@@ -75,9 +75,23 @@ def with_float_stem(
         run.checkpoint.put(stem, "stem")
     if not stem.tensors:
         return model, plan, ranges
-    run.notes.append(stem.note)
     bits = dict.fromkeys(stem.tensors, 32) | config.activation_bits
     changed = config.model_copy(update={"activation_bits": bits})
-    model, plan = plan_parted(model, changed, quantise_activations=True)
-    kept = {name: params for name, params in ranges.params.items() if name in plan.activations}
-    return model, plan, replace(ranges, params=kept)
+    stemmed, new = plan_parted(model, changed, quantise_activations=True)
+    kept = {name: _params_of(stemmed, name, ranges) for name in new.activations}
+    if None in kept.values():  # the new plan rounds what was not observed
+        return model, plan, ranges
+    run.notes.append(stem.note)
+    params = {name: found for name, found in kept.items() if found is not None}
+    return stemmed, new, replace(ranges, params=params)
+
+
+def _params_of(model: ir.Model, name: str, ranges: Calibration) -> QuantParams | None:
+    """The parameters of a tensor, or of what an Identity makes it from."""
+    found = ranges.params.get(name)
+    if found is not None:
+        return found
+    made = next((node for node in model.graph if name in (v.name for v in node.outputs)), None)
+    if made is None or made.op_type != "Identity" or made.inputs[0] is None:
+        return None
+    return _params_of(model, made.inputs[0].name or "", ranges)
