@@ -55,7 +55,7 @@ def correct(moments: Moments) -> Correction:
     A little less ridge would do for twice as many, but the prefix has been fitted to these
     samples, and flatters all that is judged on them.
     """
-    best = no_correction(moments)
+    best: tuple[float, torch.Tensor, list[torch.Tensor]] | None = None
     most = 0.0
     for ridge in RIDGES if moments.folds else ():
         fits = [fold.gram.ridged(ridge).solve(fold.linear) for fold in moments.folds]
@@ -64,11 +64,12 @@ def correct(moments: Moments) -> Correction:
         share = ((own + common) / 2).clamp(0.0, 1.0)
         saved = float((share * (2 * pull - share * power)).sum())
         if saved > most:
-            most = saved
-            whole = moments.gram.ridged(ridge).solve(moments.linear)
-            shares = share[..., None]
-            best = Correction(whole * shares, tuple(fit * shares for fit in fits))
-    return best
+            most, best = saved, (ridge, share[..., None], fits)
+    if best is None:
+        return no_correction(moments)
+    ridge, shares, fits = best
+    whole = moments.gram.ridged(ridge).solve(moments.linear)
+    return Correction(whole * shares, tuple(fit * shares for fit in fits))
 
 
 def _judged(
@@ -92,8 +93,8 @@ def choose_ridge(problem: Objective, moments: Moments, correction: Correction) -
         return None
     outputs = problem.weight.shape[1]
     rows = slice(None) if problem.shared_axes else slice(None, None, -(-outputs // TRIAL_ROWS))
-    scale = search_scale(problem)[:, rows]
     trial = problem.rows(rows)
+    scale = search_scale(trial)
     nearest = trial.nearest(scale)
     least = sum(
         _error(nearest * scale - trial.weight, fold, rows) for fold in moments.folds
