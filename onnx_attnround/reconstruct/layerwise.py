@@ -15,9 +15,8 @@ from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.ops import weight_matrix, weight_tensor
 from onnx_attnround.qdq.arithmetic import spread
-from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.shared_weights import Batches, moments_ahead, one_bias
-from onnx_attnround.reconstruct.walk import Walk
+from onnx_attnround.reconstruct.walk import walking
 from onnx_attnround.records import (
     Array,
     BitAllocation,
@@ -38,7 +37,7 @@ from onnx_attnround.rounding.cross_validation import (
 from onnx_attnround.rounding.methods import Solution, solve
 from onnx_attnround.rounding.moments import Moments, collect
 from onnx_attnround.rounding.objective import objective, plain_objective
-from onnx_attnround.runtime.device import CPU, fetched, open_device, room_on
+from onnx_attnround.runtime.device import CPU, fetched, open_device
 from onnx_attnround.samples import Samples
 
 INT32_HEADROOM = 2.0**30  # a bias may take half of the int32 range
@@ -154,17 +153,7 @@ def round_layers(
     kept = [checkpoint.get("round", index) for index in range(len(plan.layers))]
     readers = _Readers(model, plan, params, allocation, samples, config, device)
     readers.look_ahead([plan.layers[i].node for i, known in enumerate(kept) if known is None])
-    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
-        walk = Walk(
-            model,
-            quantised,
-            plan.layers,
-            samples,
-            batch_size=config.batch_size,
-            store=store,
-            threads=config.threads,
-            device=device,
-        )
+    with walking(model, quantised, plan.layers, samples, config) as walk:
         for index, planned in enumerate(plan.layers):
             if None in kept[index:]:
                 walk.advance(index)

@@ -23,11 +23,9 @@ import torch
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import tensor_value
-from onnx_attnround.reconstruct.activation_store import ActivationStore
-from onnx_attnround.reconstruct.walk import Walk
+from onnx_attnround.reconstruct.walk import walking
 from onnx_attnround.records import LayerPlan, QuantParams
 from onnx_attnround.rounding.moments import Moments
-from onnx_attnround.runtime.device import open_device, room_on
 from onnx_attnround.samples import Samples
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -65,18 +63,7 @@ def moments_ahead(
     layers = sorted((x for group in groups for x in group[1:]), key=lambda x: order[x.node])
     found: dict[str, Moments] = {}
     seen: dict[str, int] = {}
-    device = open_device(config.device)
-    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
-        walk = Walk(
-            model,
-            None,
-            layers,
-            samples,
-            batch_size=config.batch_size,
-            store=store,
-            threads=config.threads,
-            device=device,
-        )
+    with walking(model, None, layers, samples, config) as walk:
         for index, layer in enumerate(layers):
             walk.advance(index)
             part, node = moments(layer, walk.inputs(index)), first[layer.node]

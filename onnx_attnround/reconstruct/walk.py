@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -17,12 +18,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import parted_choices, reads_of, take_choices
 from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.cuts import Stage, Ties, cut, cut_blocks, extract, raw_names
 from onnx_attnround.records import Array, LayerPlan
-from onnx_attnround.runtime.device import Value, placed, release, run_on
+from onnx_attnround.runtime.device import Value, open_device, placed, release, room_on, run_on
 from onnx_attnround.runtime.session import first_line, open_session
 from onnx_attnround.samples import Feeds, Samples
 from onnx_attnround.samples.mask import counted, find_mask, tokens
@@ -98,6 +100,29 @@ class Walk:
         for feeds in batches:
             self._tokens.append(tokens(feeds, self._mask))
             yield feeds
+
+
+@contextmanager
+def walking(
+    model: ir.Model,
+    quantised: ir.Model | None,
+    layers: Sequence[LayerPlan],
+    samples: Samples,
+    config: QuantConfig,
+) -> Iterator[Walk]:
+    """A walk on the device of ``config``, with a store as large as ``config`` allows."""
+    device = open_device(config.device)
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
+        yield Walk(
+            model,
+            quantised,
+            layers,
+            samples,
+            batch_size=config.batch_size,
+            store=store,
+            threads=config.threads,
+            device=device,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,17 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_attnround.calibrate.output_error import FAINT, KEPT, LENGTHS
 from onnx_attnround.records import Array
 from onnx_attnround.verify.results import Extreme, WorstSlice
-
-LENGTHS = range(2, 513)
-"""Lengths of axes that are looked at slice by slice: of classes, coordinates, channels."""
-
-FAINT = 1e-4
-"""Slices and values that stay below this share of an output's largest magnitude do not count."""
-
-KEPT = 0.5
-"""An extreme that keeps less than this share of its distance from the mean is lost."""
 
 MINOR = 0.1
 """Share of an output's largest magnitude that slices of classes which never come up stay below."""
