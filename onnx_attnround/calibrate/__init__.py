@@ -18,7 +18,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ModelError
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, Event, QuantParams, QuantSpec, TensorStats
-from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Feeds, Samples
 from onnx_attnround.samples.mask import find_mask, tokens, zero_padding
 
@@ -230,13 +230,7 @@ def _runs(
 def _run(
     session: ort.InferenceSession, names: list[str], feeds: Feeds
 ) -> Iterator[tuple[str, Array]]:
-    try:
-        values = session.run(names or None, feeds)  # that the model takes the samples is certain
-    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-        raise CalibrationError(
-            f"ONNX Runtime failed on the calibration samples: {first_line(error)}: "
-            "check that they are what the model expects"
-        ) from error
+    values = run_on_samples(session, names, feeds)  # that the model takes the samples is certain
     yield from zip(names, values, strict=False)  # without names, nothing
 
 

@@ -8,7 +8,7 @@ error at the outputs, with a few per cent of the multiplications.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import with_outputs
 from onnx_attnround.ops import count_macs
 from onnx_attnround.records import QuantParams, QuantPlan
-from onnx_attnround.runtime.session import open_session
+from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Samples
 
 ACCURATE_DB = -30.0
@@ -66,12 +66,14 @@ def find_float_stem(
 
     Raises ``CalibrationError`` where ONNX Runtime fails on the samples.
     """
-    stems = list(_stems(model, plan, params, samples, config))
-    if not stems:
-        return FloatStem()
+    # What only moves codes has the grid of its source, and is float where that is.
+    params = {name: found for name, found in params.items() if name not in plan.same_range}
     rounded = RoundedModel(model, list(params), samples, config)
     whole = _DB * rounded.error(params)
     if whole < ACCURATE_DB:
+        return FloatStem()
+    stems = list(_stems(model, plan, params.keys(), samples, config))
+    if not stems:
         return FloatStem()
     errors = [
         _DB * rounded.error({name: params[name] for name in params.keys() - set(stem)})
@@ -91,13 +93,13 @@ def find_float_stem(
 def _stems(
     model: ir.Model,
     plan: QuantPlan,
-    params: Mapping[str, QuantParams],
+    names: Collection[str],
     samples: Samples,
     config: QuantConfig,
 ) -> Iterator[Sequence[str]]:
     """The first tensors in the order of the graph, up to each layer that ``SHARE`` allows."""
     place = {value.name: at for at, node in enumerate(model.graph, 1) for value in node.outputs}
-    order = sorted(params.keys() - plan.same_range.keys(), key=lambda name: place.get(name, 0))
+    order = sorted(names, key=lambda name: (place.get(name, 0), name))
     macs = _macs(model, plan, samples, config)
     total, spent = sum(macs.values()), 0
     readers: dict[str, int] = {}
@@ -125,7 +127,7 @@ def _macs(
     session = open_session(with_outputs(model, asked), threads=config.threads, device=config.device)
     given = {value.name for value in session.get_inputs()}
     feeds = next(samples.batches(1))
-    values = session.run(asked, {name: feeds[name] for name in given})
+    values = run_on_samples(session, asked, {name: feeds[name] for name in given})
     shapes = {name: values.shape for name, values in feeds.items()}
     shapes |= {name: value.shape for name, value in zip(asked, values, strict=True)}
     return {

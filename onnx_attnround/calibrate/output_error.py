@@ -15,11 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import raise_opset
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams
-from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Feeds, Samples
 
 JUDGED_SAMPLES = 64
@@ -31,10 +30,10 @@ JUDGED_BYTES = 64 << 20
 BATCH = 8
 CLIP_OPSET = 13  # Clip and Round as they are written here
 FAINT = 1e-4
-"""Slices that stay below this share of their output's largest magnitude do not count."""
+"""Slices and values that stay below this share of an output's largest magnitude do not count."""
 
 LENGTHS = range(2, 513)
-"""Lengths of axes that are looked at slice by slice."""
+"""Lengths of axes that are looked at slice by slice: of classes, coordinates, channels."""
 
 NEGLIGIBLE = 1e-6
 """An error of this share of the power is as good as none: 60 dB."""
@@ -110,7 +109,7 @@ class RoundedModel:
         self._outputs = [o.name for o in self._session.get_outputs() if "float" in o.type]
         self._feeds = list(_judged(samples, min(config.batch_size, BATCH)))
         plain = open_session(model, threads=config.threads, device=config.device)
-        expected = [self._run(plain, feeds) for feeds in self._feeds]
+        expected = [run_on_samples(plain, self._outputs, feeds) for feeds in self._feeds]
         self._slices = [Slices(batches) for batches in zip(*expected, strict=True)]
 
     def judge(self, params: Mapping[str, QuantParams]) -> tuple[int, float]:
@@ -123,7 +122,7 @@ class RoundedModel:
         By the logarithm no single hard sample decides.
         """
         grids = self._table(params)
-        got = [self._run(self._session, {**feeds, **grids}) for feeds in self._feeds]
+        got = [self.outputs({**feeds, **grids}) for feeds in self._feeds]
         lost, logs = 0, list[Array]()
         for slices, batches in zip(self._slices, zip(*got, strict=True), strict=True):
             errors, missing = slices.compare(batches)
@@ -135,19 +134,15 @@ class RoundedModel:
         """The error alone, as :meth:`judge` has it."""
         return self.judge(params)[1]
 
+    def outputs(self, feeds: Feeds) -> list[Array]:
+        """The float outputs, with the grids among the ``feeds``."""
+        return run_on_samples(self._session, self._outputs, feeds)
+
     def _table(self, params: Mapping[str, QuantParams]) -> dict[str, Array]:
-        free = (2.0**-100, -np.inf, np.inf)
+        free = (0.0, 0.0, 0.0)  # of no step: the tensor is taken as it is
         rows = [grid_of(params[name]) if name in params else free for name in self.names]
         columns = np.asarray(rows, np.float32).reshape(-1, 3).T
         return dict(zip(_GRIDS, map(np.ascontiguousarray, columns), strict=True))
-
-    def _run(self, session: object, feeds: Feeds) -> list[Array]:
-        try:
-            return list(session.run(self._outputs, dict(feeds)))  # type: ignore[attr-defined]
-        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-            raise CalibrationError(
-                f"ONNX Runtime failed on the calibration samples: {first_line(error)}"
-            ) from error
 
 
 _GRIDS = ("attnround/scale", "attnround/low", "attnround/high")
@@ -192,11 +187,14 @@ def _with_grids(model: ir.Model, names: Sequence[str]) -> ir.Model:
         whole = ir.node("Round", [steps.outputs[0]])
         bounded = ir.node("Clip", [whole.outputs[0], low, high])
         restored = ir.node("Mul", [bounded.outputs[0], scale])
-        for number, node in enumerate((*picked, steps, whole, bounded, restored)):
+        is_rounded = ir.node("Cast", [scale], {"to": int(ir.DataType.BOOL)})
+        taken = ir.node("Where", [is_rounded.outputs[0], restored.outputs[0], raw])
+        added = (*picked, steps, whole, bounded, restored, is_rounded, taken)
+        for number, node in enumerate(added):
             node.name = node.outputs[0].name = f"attnround/{index}_{number}"
             graph.append(node)
         for node, place in readers:
-            node.replace_input_with(place, restored.outputs[0])
+            node.replace_input_with(place, taken.outputs[0])
     graph.sort()
     return result
 

@@ -14,14 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import choices, take_choices, tensor_value, with_outputs
 from onnx_attnround.qdq.arithmetic import dequantize, spread
-from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.layerwise import (
     Layer,
     moments_of,
@@ -29,7 +26,7 @@ from onnx_attnround.reconstruct.layerwise import (
     round_layer,
     torch_threads,
 )
-from onnx_attnround.reconstruct.walk import Walk
+from onnx_attnround.reconstruct.walk import walking
 from onnx_attnround.records import (
     Array,
     Event,
@@ -40,8 +37,8 @@ from onnx_attnround.records import (
     readers_of,
 )
 from onnx_attnround.rounding.moments import Moments
-from onnx_attnround.runtime.device import open_device, room_on
-from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.runtime.device import open_device
+from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Feeds, Samples
 
 PROBE_BITS = 4
@@ -69,17 +66,7 @@ def layer_errors(
     kept = [checkpoint.get("measure", index) for index in range(len(layers))]
     probe = _Probe(model, plan.layers, samples, config)
     errors = {}
-    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
-        walk = Walk(
-            model,
-            None,
-            layers,
-            samples,
-            batch_size=config.batch_size,
-            store=store,
-            threads=config.threads,
-            device=device,
-        )
+    with walking(model, None, layers, samples, config) as walk:
         for index, planned in enumerate(layers):
             if None in kept[index:]:
                 walk.advance(index)
@@ -128,16 +115,19 @@ class _Probe:
         self._names = [o.name for o in self._session.get_outputs() if "float" in o.type]
         feeds = _first(samples, config.batch_size)
         self._feeds = list(_with_choices(model, taken, feeds, config))
-        self._expected = [_run(self._session, self._names, feeds) for feeds in self._feeds]
+        self._expected = [self._run(feeds) for feeds in self._feeds]
 
     def error(self, layer: LayerPlan, rounding: LayerRounding) -> float:
         """Error over power of each float output, summed; 0 if none can be compared."""
         replaced = self._replaced(layer, rounding)
         sums = np.zeros((len(self._names), 2))
         for feeds, expected in zip(self._feeds, self._expected, strict=True):
-            got = _run(self._session, self._names, {**feeds, **replaced})
+            got = self._run({**feeds, **replaced})
             sums += [_powers(*pair) for pair in zip(got, expected, strict=True)]
         return float((sums[:, 0] / np.maximum(sums[:, 1], 1e-30)).sum())
+
+    def _run(self, feeds: Feeds) -> list[Array]:
+        return run_on_samples(self._session, self._names, feeds)
 
     def _replaced(self, layer: LayerPlan, rounding: LayerRounding) -> dict[str, Array]:
         """The weight as the codes have it, and the corrected bias where the layer has one."""
@@ -152,15 +142,6 @@ class _Probe:
         return replaced
 
 
-def _run(session: ort.InferenceSession, names: list[str], feeds: Feeds) -> list[Array]:
-    try:
-        return list(session.run(names, dict(feeds)))
-    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-        raise CalibrationError(
-            f"ONNX Runtime failed on calibration samples: {first_line(error)}"
-        ) from error
-
-
 def _with_choices(
     model: ir.Model, taken: Mapping[str, str], feeds: Iterator[Feeds], config: QuantConfig
 ) -> Iterator[Feeds]:
@@ -173,7 +154,7 @@ def _with_choices(
         with_outputs(model, sources), threads=config.threads, device=config.device
     )
     for feed in feeds:
-        yield {**feed, **dict(zip(taken, _run(session, sources, feed), strict=True))}
+        yield {**feed, **dict(zip(taken, run_on_samples(session, sources, feed), strict=True))}
 
 
 def _overridable(model: ir.Model, names: Mapping[str, object]) -> ir.Model:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnx_attnround.errors import AttnRoundError, ConfigError, ModelError, OutputError
+from onnx_attnround.errors import (
+    AttnRoundError,
+    CalibrationError,
+    ConfigError,
+    ModelError,
+    OutputError,
+)
 from onnx_attnround.graph import in_files, parameters, serialised
 from onnx_attnround.graph.scratch import scratch
 
@@ -180,6 +187,22 @@ def _large_session(
         raise OutputError(
             f"cannot keep weights in a file: {error.strerror or error}; free some disk space, or "
             "set TMPDIR to a larger disk"
+        ) from error
+
+
+def run_on_samples(
+    session: ort.InferenceSession, names: Sequence[str], feeds: Mapping[str, Any]
+) -> list[Any]:
+    """The values ``names`` for a batch of samples, all outputs where there are no names.
+
+    Raises ``CalibrationError`` if ONNX Runtime fails on the samples.
+    """
+    try:
+        return list(session.run(list(names) or None, dict(feeds)))
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+        raise CalibrationError(
+            f"ONNX Runtime failed on the calibration samples: {first_line(error)}: "
+            "check that they are what the model expects"
         ) from error
 
 

@@ -41,7 +41,7 @@ def test_rounds_as_the_written_file_does() -> None:
     zero = float(params.zero_point)
     wanted = rounded._slices[0].expected.reshape(-1, BATCH, 8)
     for feeds, expected in zip(rounded._feeds, wanted, strict=True):
-        (got,) = rounded._run(rounded._session, {**feeds, **rounded._table({"r": params})})
+        (got,) = rounded.outputs({**feeds, **rounded._table({"r": params})})
         codes = quantize(expected, params.scale, zero, 0, 255)
         np.testing.assert_allclose(got, dequantize(codes, params.scale, zero), rtol=1e-6)
 
@@ -50,6 +50,16 @@ def test_without_ranges_nothing_is_rounded() -> None:
     model, samples = opened(PASSES, rare(6.0))
     rounded = RoundedModel(model, ["r"], samples, CONFIG)
     assert rounded.error({}) == pytest.approx(np.log(NEGLIGIBLE), abs=0.1)
+
+
+def test_what_is_not_rounded_may_be_as_large_as_masks_are() -> None:
+    x = rare(6.0)
+    x[::7, 0] = np.finfo(np.float32).max
+    model, samples = opened(PASSES, x)
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    for feeds in rounded._feeds:
+        (got,) = rounded.outputs({**feeds, **rounded._table({})})
+        np.testing.assert_array_equal(got, np.maximum(feeds["x"], 0))
 
 
 def test_a_finer_grid_has_less_error() -> None:
