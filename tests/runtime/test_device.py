@@ -130,7 +130,7 @@ def test_an_unknown_device_is_one_clear_error() -> None:
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """In place of a GPU, and used."""
     before = Far.operators
-    for module in (device, layerwise, blockwise, sensitivity):
+    for module in (device, layerwise, blockwise, sensitivity, walk):
         monkeypatch.setattr(module, "open_device", lambda name: DEVICE if name == "cuda" else CPU)
     monkeypatch.setattr(walk, "run_on", run_on_far(run_on))
     monkeypatch.setattr(methods, "RESAMPLES", 2)  # each operator takes its time there
@@ -206,7 +206,7 @@ def test_activations_come_back_from_disk_to_any_device(
         return spill(store, tensor)
 
     monkeypatch.setattr(ActivationStore, "_spill", counted)
-    monkeypatch.setattr(layerwise, "room_on", lambda device, budget: 1000)
+    monkeypatch.setattr(walk, "room_on", lambda device, budget: 1000)
     assert_same(*on_both(layered("residual"), noise(layered("residual"))))
     assert any(isinstance(tensor, Far) for tensor in spilled)
 
