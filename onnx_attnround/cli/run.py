@@ -219,6 +219,6 @@ def _tell(
     else:
         table = console(made, output=output, verbose=options.verbose)
         if options.report is not None:
-            write_json(options.report, made, job.config)
+            write_json(options.report, made)
     if not options.quiet:
         job.show(table)

@@ -260,7 +260,10 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         run.notes += slower_note(verification.latency, checked.fusion)
     result = QuantizeResult(
         model=quantised,
+        config=config,
         plan=plan,
+        fitted=prepared.given.samples.count if prepared.given.samples else 0,
+        ranges=replace(prepared.ranges, params=params),
         allocation=allocation,
         roundings=roundings,
         blocks=blocks,

@@ -107,7 +107,6 @@ def _point(run: Run, prepared: Prepared, output: Path | None) -> Point:
         result, output = error.result, None
     verification = comparable(result.verification)
     return Point(
-        config=run.config,
         result=result,
         verification=verification,
         output=output,

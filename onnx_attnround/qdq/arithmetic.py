@@ -62,6 +62,12 @@ def params_from_range(spec: QuantSpec, lo: float, hi: float) -> QuantParams:
     )
 
 
+def range_of(params: QuantParams) -> tuple[float, float]:
+    """The least and the largest value that codes of a per-tensor ``params`` stand for."""
+    spec, scale, zero_point = params.spec, float(params.scale), int(params.zero_point)
+    return (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
+
+
 def code_dtype(spec: QuantSpec) -> np.dtype[Any]:
     """The numpy integer type that holds the codes of ``spec`` (8 or 16 bits wide)."""
     return np.dtype(f"{'i' if spec.signed else 'u'}{1 if spec.bits <= 8 else 2}")

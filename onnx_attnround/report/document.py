@@ -13,9 +13,9 @@ import onnx
 import onnxruntime as ort
 
 from onnx_attnround.check import Checked
-from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import write_atomic
-from onnx_attnround.records import LayerPlan
+from onnx_attnround.qdq.arithmetic import range_of
+from onnx_attnround.records import LayerPlan, QuantParams
 from onnx_attnround.report.result import Point, QuantizeResult
 from onnx_attnround.verify import Verification
 from onnx_attnround.version import version
@@ -24,7 +24,7 @@ SCHEMA = 1
 """Raised when a key of the report changes its meaning or vanishes."""
 
 
-def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
+def report_dict(result: QuantizeResult) -> dict[str, Any]:
     """All that is known of a run, ready for JSON.
 
     A figure that does not exist is ``None``, and so is one that is not finite:
@@ -34,10 +34,12 @@ def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
     report = {
         "schema": SCHEMA,
         "versions": versions(),
-        "config": config.model_dump(mode="json"),
+        "config": result.config.model_dump(mode="json"),
         "target": result.plan.target.name,
+        "samples": _samples(result),
         "mean_bits": result.allocation.mean_bits,
         "layers": [_layer(result, layer) for layer in result.plan.layers],
+        "activations": [_activation(result, *each) for each in result.ranges.params.items()],
         "blocks": [asdict(block) for block in result.blocks],
         "check": _checked(result.checked),
         "skipped": dict(result.plan.skipped),
@@ -49,9 +51,9 @@ def report_dict(result: QuantizeResult, config: QuantConfig) -> dict[str, Any]:
     return finite
 
 
-def write_json(path: Path, result: QuantizeResult, config: QuantConfig) -> None:
+def write_json(path: Path, result: QuantizeResult) -> None:
     """Write the report to ``path``, complete or not at all; raises ``OutputError``."""
-    _write(path, report_dict(result, config))
+    _write(path, report_dict(result))
 
 
 def _write(path: Path, report: Mapping[str, Any]) -> None:
@@ -71,7 +73,7 @@ def points_dict(points: Sequence[Point]) -> dict[str, Any]:
                 "bytes": point.size,
                 "on_front": point.on_front,
                 "gates_missed": point.missed or None,
-                "report": report_dict(point.result, point.config),
+                "report": report_dict(point.result),
             }
             for point in points
         ],
@@ -119,6 +121,32 @@ def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
         "runs_in_integer": layer.node in fusion.integer,
         "weight_only_kernel": fusion.weight_only.get(layer.node),
         "in_float_because": fusion.fallen.get(layer.node),
+    }
+
+
+def _activation(result: QuantizeResult, tensor: str, params: QuantParams) -> dict[str, Any]:
+    """What the codes of a tensor can hold, and what it held on the samples that were fitted to."""
+    stats = result.ranges.stats.get(tensor)
+    return {
+        "tensor": tensor,
+        "bits": params.spec.bits,
+        "signed": params.spec.signed,
+        "range": list(range_of(params)),
+        "observed": None if stats is None else [stats.lo, stats.hi],
+        "shares_range_of": result.plan.same_range.get(tensor),
+    }
+
+
+def _samples(result: QuantizeResult) -> dict[str, Any]:
+    """How many were fitted to and judged by; of all, the share that was kept apart to judge by."""
+    found = result.verification
+    judged = 0 if found is None else found.samples
+    apart = judged if found is not None and found.basis == "held out" else 0
+    total = result.fitted + apart
+    return {
+        "fitted": result.fitted,
+        "judged": judged,
+        "held_out_share": apart / total if total else None,
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnx_attnround.calibrate import Calibration
 from onnx_attnround.check import Checked
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import save
@@ -21,12 +22,17 @@ from onnx_attnround.verify import Verification
 class QuantizeResult:
     """What a run made and measured.
 
-    ``roundings`` are keyed by node name; ``blocks`` is empty without block reconstruction.
+    ``ranges`` are those of the activations, as written. ``roundings`` are keyed by node name;
+    ``blocks`` is empty without block reconstruction. ``fitted`` counts the samples that
+    something was fitted to.
     ``source`` is the file of the float model, ``None`` for one in memory.
     """
 
     model: ir.Model
+    config: QuantConfig
     plan: QuantPlan
+    fitted: int
+    ranges: Calibration
     allocation: BitAllocation
     roundings: Mapping[str, LayerRounding]
     blocks: tuple[BlockRounding, ...]
@@ -84,12 +90,16 @@ class Point:
     in one of the two.
     """
 
-    config: QuantConfig
     result: QuantizeResult
     verification: Verification
     output: Path | None
     missed: str
     on_front: bool = False
+
+    @property
+    def config(self) -> QuantConfig:
+        """The settings of its run."""
+        return self.result.config
 
     @property
     def size(self) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from onnx_attnround import errors, pipeline
 from onnx_attnround.__main__ import main
+from onnx_attnround.calibrate import Calibration
 from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.cli import progress
 from onnx_attnround.config import QuantConfig
@@ -54,7 +55,10 @@ def empty_result() -> pipeline.QuantizeResult:
     plan = pipeline.QuantPlan(target=TARGETS["ort"], layers=(), activations={})
     return pipeline.QuantizeResult(
         model=None,  # type: ignore[arg-type]
+        config=QuantConfig(),
         plan=plan,
+        fitted=0,
+        ranges=Calibration(stats={}, params={}),
         allocation=pipeline.BitAllocation(bits={}, coding_length={}, mean_bits=8.0),
         roundings={},
         blocks=(),

@@ -14,11 +14,20 @@ import pytest
 from rich.console import RenderableType
 from small_models import build
 
+from onnx_attnround.calibrate import Calibration
 from onnx_attnround.check import Checked, Finding, Fusion
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
 from onnx_attnround.pipeline import QuantizeResult
-from onnx_attnround.records import BitAllocation, LayerPlan, LayerRounding, QuantPlan, QuantSpec
+from onnx_attnround.records import (
+    BitAllocation,
+    LayerPlan,
+    LayerRounding,
+    QuantParams,
+    QuantPlan,
+    QuantSpec,
+    TensorStats,
+)
 from onnx_attnround.report.console import check_console, console, plan_tables, points_table
 from onnx_attnround.report.document import report_dict, write_check, write_json
 from onnx_attnround.report.layout import console_on
@@ -50,10 +59,24 @@ def result() -> QuantizeResult:
     """A run on two layers, of which the second was not rounded by learning."""
     return QuantizeResult(
         model=build("net (float[N] x) => (float[N] y) { y = Abs(x) }"),
+        config=QuantConfig(),
+        fitted=100,
+        ranges=Calibration(
+            stats={"x": TensorStats(name="x", count=9, lo=-0.5, hi=30.0)},
+            params={
+                name: QuantParams(
+                    spec=QuantSpec(bits=8, signed=False, symmetric=False),
+                    scale=np.float32(0.125),
+                    zero_point=np.uint8(4),
+                )
+                for name in ("x", "flat")
+            },
+        ),
         plan=QuantPlan(
             target=TARGETS["ort"],
             layers=(layer("/body/conv[0]", 1_234_567), layer("head", None)),
             activations={},
+            same_range={"flat": "x"},
             skipped={"lstm": "op LSTM is not supported"},
         ),
         allocation=BitAllocation(
@@ -133,7 +156,7 @@ def row(printed: str, start: str) -> list[str]:
 
 def test_the_report_holds_every_figure(result: QuantizeResult) -> None:
     config = QuantConfig(weight_bits=4, exclude=("lstm*",), max_drop=2.0)
-    report = report_dict(result, config)
+    report = report_dict(replace(result, config=config))
     assert report["schema"] == 1
     assert report["versions"].keys() == {"onnx_attnround", "onnx", "onnxruntime", "torch"}
     assert report["versions"]["onnx"] == onnx.__version__
@@ -159,6 +182,12 @@ def test_the_report_holds_every_figure(result: QuantizeResult) -> None:
     assert report["layers"][1]["mse_final"] is None
     assert report["layers"][1]["runs_in_integer"] is False
     assert report["layers"][1]["in_float_because"] == "its bias is float"
+    assert report["samples"] == {"fitted": 100, "judged": 256, "held_out_share": 0.0}
+    assert report["activations"] == [
+        {"tensor": tensor, "bits": 8, "signed": False, "range": [-0.5, 31.375],
+         "observed": observed, "shares_range_of": shares}
+        for tensor, observed, shares in (("x", [-0.5, 30.0], None), ("flat", None, "x"))
+    ]
     assert report["check"]["integer_share"] == 0.75
     assert report["check"]["oldest_onnxruntime"] == "1.18"
     assert report["check"]["fusion"]["runtime"] == "ONNX Runtime 1.31.1"
@@ -172,7 +201,7 @@ def test_the_report_holds_every_figure(result: QuantizeResult) -> None:
 
 
 def test_the_report_holds_the_verification_with_what_follows(result: QuantizeResult) -> None:
-    found = report_dict(result, QuantConfig())["verification"]
+    found = report_dict(result)["verification"]
     assert found["outputs"][0] == {
         "name": "logits",
         "sqnr_db": 31.25,
@@ -196,8 +225,15 @@ def test_the_report_holds_the_verification_with_what_follows(result: QuantizeRes
     assert (found["float_bytes"], found["quantised_bytes"]) == (4_000_000, 1_000_000)
 
 
+def test_the_report_tells_the_share_kept_apart(result: QuantizeResult) -> None:
+    assert result.verification is not None
+    apart = replace(result.verification, basis="held out", samples=25)
+    told = report_dict(replace(result, verification=apart))["samples"]
+    assert told == {"fitted": 100, "judged": 25, "held_out_share": 0.2}
+
+
 def test_the_report_does_without_verification(result: QuantizeResult) -> None:
-    report = report_dict(replace(result, verification=None), QuantConfig())
+    report = report_dict(replace(result, verification=None))
     assert report["verification"] is None
     assert report["layers"][0]["sqnr_db"] is None
     assert report["layers"][0]["runs_in_integer"] is True
@@ -206,7 +242,7 @@ def test_the_report_does_without_verification(result: QuantizeResult) -> None:
 def test_the_file_is_strict_json(result: QuantizeResult, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     changed = replace(result, seconds={"plan": np.float64(0.25), "round": math.nan})
-    write_json(path, changed, QuantConfig())
+    write_json(path, changed)
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -221,7 +257,7 @@ def test_a_report_that_cannot_be_written_is_an_output_error(
     result: QuantizeResult, tmp_path: Path
 ) -> None:
     with pytest.raises(OutputError):
-        write_json(tmp_path / "missing" / "report.json", result, QuantConfig())
+        write_json(tmp_path / "missing" / "report.json", result)
 
 
 def test_the_console_compares(result: QuantizeResult) -> None:
@@ -270,7 +306,7 @@ def test_weights_alone_are_told_with_their_kernels(result: QuantizeResult) -> No
     assert "run in integer" not in printed
     assert "6.00 bits per weight; " in printed
     assert "1 at 4, 1 at 8; 8.00 bits with the scales" in printed
-    told = report_dict(changed, QuantConfig())["layers"][0]
+    told = report_dict(changed)["layers"][0]
     assert (told["block_size"], told["weight_only_kernel"]) == (16, "MatMulNBits")
     assert told["in_float_because"] is None
 
@@ -319,7 +355,7 @@ def test_the_check_is_printed_and_written(result: QuantizeResult, tmp_path: Path
     assert "run in integer" not in printed and "not run" not in printed
     write_check(tmp_path / "check.json", result.checked)
     report = json.loads((tmp_path / "check.json").read_text())
-    assert report["check"] == report_dict(result, QuantConfig())["check"]
+    assert report["check"] == report_dict(result)["check"]
 
 
 def test_notes_of_all_points_are_printed_once_each(result: QuantizeResult) -> None:
@@ -327,8 +363,8 @@ def test_notes_of_all_points_are_printed_once_each(result: QuantizeResult) -> No
     noted = [replace(result, notes=("shared", *more)) for more in ((), ("slow",), ("slow",))]
     points = [
         Point(
-            config=QuantConfig(mean_bits=mean), result=one, verification=result.verification,
-            output=None, missed="",
+            result=replace(one, config=QuantConfig(mean_bits=mean)),
+            verification=result.verification, output=None, missed="",
         )
         for mean, one in zip((3, 4, 6), noted, strict=True)
     ]  # fmt: skip
