@@ -19,7 +19,7 @@ from onnx_attnround.verify.compare import (
     compare_layers,
     compare_outputs,
 )
-from onnx_attnround.verify.gates import REMEDY, check_gates, missed_gates
+from onnx_attnround.verify.gates import REMEDY, Gate, check_gates, gates, missed_gates
 from onnx_attnround.verify.results import Accuracy, Basis, Latency, OutputComparison, Verification
 from onnx_attnround.verify.runs import BATCH, Step
 from onnx_attnround.verify.shared import open_comparison
@@ -29,11 +29,13 @@ __all__ = [
     "REMEDY",
     "Accuracy",
     "Basis",
+    "Gate",
     "Latency",
     "OutputComparison",
     "Verification",
     "check_gates",
     "check_labels",
+    "gates",
     "missed_gates",
     "output_sqnr",
     "rounded_activations_note",
