@@ -42,7 +42,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_they_hold_what_they_should(built: dict[str, Path]) -> None:
     sources = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "onnx_attnround").rglob("*") if path.suffix in (".py", ".typed")
+        for path in (ROOT / "onnx_attnround").rglob("*")
+        if path.suffix in (".py", ".typed", ".html", ".css")
     }  # fmt: skip
     with zipfile.ZipFile(built[".whl"]) as wheel:
         names = set(wheel.namelist())

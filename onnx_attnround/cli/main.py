@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -23,6 +26,7 @@ from onnx_attnround.cli.run import run
 from onnx_attnround.cli.wording import worded
 from onnx_attnround.errors import AttnRoundError, ConfigError
 
+PROGRAM = "onnx-attnround"
 SIGNALLED = 128  # plus the signal's number, as shells have it
 GRACE = 1.0  # seconds in which a signal that is sent again does not disturb the cleaning up
 
@@ -34,14 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Looking for garbage among all that torch and onnx define is slow, and little of it is found.
     gc.set_threshold(100_000)
     try:
-        parsed = app(arguments, prog_name="onnx-attnround", standalone_mode=False)
+        parsed = app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except Exception as error:
         # typer has no public base class of its usage errors; they alone word themselves.
         if not hasattr(error, "format_message"):
             raise
         return _fail(f"{error.format_message()} (try --help)", ConfigError.exit_code)
     # After --help or --version there is an exit code, and nothing to run.
-    return _exit_code(parsed) if isinstance(parsed, Request) else int(parsed or 0)
+    if not isinstance(parsed, Request):
+        return int(parsed or 0)
+    given = sys.argv[1:] if arguments is None else arguments
+    return _exit_code(replace(parsed, line=shlex.join([PROGRAM, *given])))
 
 
 def _exit_code(request: Request) -> int:

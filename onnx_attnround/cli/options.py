@@ -103,7 +103,14 @@ class Options:
             "--check",
         ),
     ] = False
-    report: Annotated[Path | None, _option(_RUN, "Write all figures to this .json file.")] = None
+    report: Annotated[
+        list[Path] | None,
+        _option(
+            _RUN,
+            "Write a report: all figures as .json, a page as .html, a summary as .md, gates as "
+            ".xml (JUnit); repeatable.",
+        ),
+    ] = None
     quiet: Annotated[bool, _option(_RUN, "Print errors only.", "--quiet", "-q")] = False
     verbose: Annotated[
         bool,
@@ -119,12 +126,14 @@ class Options:
 class Request:
     """What the command line holds: its options, and keys of the config, as text or flags.
 
-    ``names`` are the parameters that were given, options as ``--name``.
+    ``names`` are the parameters that were given, options as ``--name``; ``line`` is all of it, as
+    a shell takes it.
     """
 
     options: Options
     settings: Mapping[str, str | list[str] | bool]
     names: frozenset[str]
+    line: str = ""
 
     def from_file(self) -> dict[str, Any]:
         """The keys of the config file that no option overrides."""

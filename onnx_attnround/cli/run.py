@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from onnx_attnround.cli.progress import OnEvent
+    from onnx_attnround.report.forms import Record
     from onnx_attnround.report.result import Point, QuantizeResult
     from onnx_attnround.samples.preprocess import Preprocess
 
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 class Job:
     """What is to be done; ``mean_bits`` where there are several, of which the config has the first.
 
-    ``from_file`` are the settings of the config file, which messages name as that does.
+    ``line`` is the command line. ``from_file`` are the settings of the config file, which messages
+    name as that does.
     """
 
     options: Options
+    line: str
     config: QuantConfig
     mean_bits: tuple[Any, ...]
     from_file: Mapping[str, Any]
@@ -56,7 +59,9 @@ def run(request: Request, from_file: Mapping[str, Any]) -> None:
     """Do what is asked for, with the settings of a file; raises the errors of ``errors.py``."""
     options = request.options
     config, means = request.config(from_file)
-    job = Job(options=options, config=config, mean_bits=means, from_file=from_file)
+    job = Job(
+        options=options, line=request.line, config=config, mean_bits=means, from_file=from_file
+    )
     _check(job, request.names)
     if options.check:
         _check_model(job)
@@ -75,12 +80,23 @@ def _check(job: Job, names: frozenset[str]) -> None:
         raise ConfigError(f"--check does not read {', '.join(unread)}: leave that out")
     if options.output is None and not (options.dry_run or options.check):
         raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
-    if options.report is not None and options.report.suffix.lower() != ".json":
-        raise ConfigError(f"--report '{options.report}': expected a file name that ends in .json")
+    _check_reports(options)
     if options.quiet and options.verbose:
         raise ConfigError("--quiet and --verbose contradict each other: give one of them")
     for output in _outputs(job):
         _check_overwritten(options, output)
+
+
+def _check_reports(options: Options) -> None:
+    """Raise ``ConfigError`` for a report that is of no known form, or is named twice."""
+    reports = options.report or []
+    if reports:
+        from onnx_attnround.report.forms import form_of  # takes a second
+
+        for path in reports:
+            form_of(path)
+    if len({path.resolve() for path in reports}) < len(reports):
+        raise ConfigError("--report names one file twice: give each once")
 
 
 def _outputs(job: Job) -> list[Path]:
@@ -97,13 +113,13 @@ def _outputs(job: Job) -> list[Path]:
 
 def _check_overwritten(options: Options, output: Path) -> None:
     """Raise ``ConfigError`` if ``output`` is also the file of an option."""
-    files = {
-        "--calib": options.calib,
-        "--eval": options.evaluation,
-        "--config": options.config,
-        "--report": options.report,
-    }
-    for name, file in files.items():
+    files = [
+        ("--calib", options.calib),
+        ("--eval", options.evaluation),
+        ("--config", options.config),
+        *(("--report", report) for report in options.report or ()),
+    ]
+    for name, file in files:
         if file is not None and file.resolve() == output.resolve():
             raise ConfigError(f"OUT '{output}' is the file of {name}: choose another OUT")
 
@@ -119,7 +135,7 @@ def _dry_run(job: Job) -> None:
     options, config = job.options, job.config
     given = options.calib is not None or options.evaluation is not None
     notes = _foreseen(job) if given else config.idle()
-    if options.report is not None:
+    if options.report:
         notes.append("option `report` has no effect: a dry run measures nothing")
     configs = with_means(config, job.mean_bits) if job.mean_bits else [config]
     plans = [plan_tables(*make_plan(options.model, each)) for each in configs]
@@ -154,13 +170,11 @@ def _check_model(job: Job) -> None:
     """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
     from onnx_attnround.pipeline import check_model
     from onnx_attnround.report.console import check_console
-    from onnx_attnround.report.document import write_check
 
     options = job.options
     preprocess = _preprocess(options)
     checked = check_model(options.model, job.config, options.calib, preprocess=preprocess)
-    if options.report is not None:
-        write_check(options.report, checked)
+    _write_reports(job, checked)
     if not options.quiet:
         job.show(check_console(checked))
     if checked.refused:
@@ -173,8 +187,8 @@ def _quantize(job: Job) -> None:
     from onnx_attnround.graph import check_output
 
     options = job.options
-    if options.report is not None:
-        check_output(options.report)
+    for report in options.report or ():
+        check_output(report)
     work = _work(job)
     try:
         with shown(quiet=options.quiet, verbose=options.verbose) as on_event:
@@ -209,16 +223,22 @@ def _tell(
 ) -> None:
     """Write the report, and print what was found."""
     from onnx_attnround.report.console import console, points_table
-    from onnx_attnround.report.document import write_json, write_points
 
     options = job.options
     if isinstance(made, tuple):
         table = points_table(made, verbose=options.verbose)
-        if options.report is not None:
-            write_points(options.report, made)
     else:
         table = console(made, output=output, verbose=options.verbose)
-        if options.report is not None:
-            write_json(options.report, made)
+    _write_reports(job, made)
     if not options.quiet:
         job.show(table)
+
+
+def _write_reports(job: Job, record: Record) -> None:
+    """Write what is to be reported, in all forms that were asked for."""
+    if not job.options.report:
+        return
+    from onnx_attnround.report.forms import write_report
+
+    for path in job.options.report:
+        write_report(path, record, job.line)

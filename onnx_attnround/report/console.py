@@ -82,7 +82,8 @@ def points_table(points: Sequence[Point], *, verbose: bool) -> RenderableType:
         for point in points
         for warning in _warnings(point.verification)
     ]
-    return Group(*runs, tables.points(points), *notes_of_all(points), *warnings)
+    notes = [f"note{some}: {note}" for note, some in notes_of_all(points)]
+    return Group(*runs, tables.points(points), *notes, *warnings)
 
 
 def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:

@@ -6,14 +6,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime as ort
 
 from onnx_attnround.check import Checked
-from onnx_attnround.graph import write_atomic
 from onnx_attnround.qdq.arithmetic import range_of
 from onnx_attnround.records import LayerPlan, QuantParams
 from onnx_attnround.report.result import Point, QuantizeResult
@@ -51,14 +49,9 @@ def report_dict(result: QuantizeResult) -> dict[str, Any]:
     return finite
 
 
-def write_json(path: Path, result: QuantizeResult) -> None:
-    """Write the report to ``path``, complete or not at all; raises ``OutputError``."""
-    _write(path, report_dict(result))
-
-
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, f"{text}\n".encode())
+def text(report: Mapping[str, Any]) -> str:
+    """``report`` as JSON."""
+    return f"{json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)}\n"
 
 
 def points_dict(points: Sequence[Point]) -> dict[str, Any]:
@@ -80,11 +73,6 @@ def points_dict(points: Sequence[Point]) -> dict[str, Any]:
     }
 
 
-def write_points(path: Path, points: Sequence[Point]) -> None:
-    """Write :func:`points_dict` to ``path``, as :func:`write_json` does."""
-    _write(path, points_dict(points))
-
-
 def versions() -> dict[str, str]:
     """Versions of the package and of the libraries that decide its results."""
     return {
@@ -95,10 +83,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_check(path: Path, checked: Checked) -> None:
-    """Write what a check found to ``path``, complete or not at all; raises ``OutputError``."""
+def check_dict(checked: Checked) -> dict[str, Any]:
+    """What a check found."""
     report = {"schema": SCHEMA, "versions": versions(), "check": _checked(checked)}
-    _write(path, _finite(report))
+    finite: dict[str, Any] = _finite(report)
+    return finite
 
 
 def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:

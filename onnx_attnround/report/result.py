@@ -63,6 +63,16 @@ class QuantizeResult:
 
         return plain_text(console(self, output=None, verbose=verbose), width)
 
+    def write_report(self, path: Path | str) -> None:
+        """Write the report in the form that the name asks for: .json, .html, .md or .xml.
+
+        It is written complete or not at all. Raises ``ConfigError`` for another ending and
+        ``OutputError`` where it cannot be written.
+        """
+        from onnx_attnround.report.forms import write_report
+
+        write_report(Path(path), self)
+
     def _repr_html_(self) -> str:
         """The summary, as notebooks show it."""
         return f"<pre>{html.escape(self.summary())}</pre>"

@@ -14,6 +14,13 @@ FEW = 5
 """Names that are listed before the rest is counted."""
 
 
+def title(result: QuantizeResult) -> str:
+    """What the model of a run is called."""
+    if result.source is not None:
+        return result.source.name
+    return result.model.graph.name or "model in memory"
+
+
 def bits_line(result: QuantizeResult) -> str:
     """The bits of all layers in one line; those of scales too where blocks have their own."""
     layers, mean = result.plan.layers, result.bits_per_weight
@@ -35,10 +42,14 @@ def mean_bits(plan: QuantPlan, allocation: BitAllocation) -> str:
 
 
 def fusion_lines(fusion: Fusion, skipped: Mapping[str, str]) -> Iterable[str]:
-    """How many layers run in integer, and a line for each reason why others do not.
+    """How many layers run in integer, and a line for each reason why others do not."""
+    yield from integer_lines(fusion)
+    for why, nodes in in_float(fusion, skipped).items():
+        yield f"in float, {why}: {named(nodes)}"
 
-    So does what was ``skipped``, which need not count among the layers, for the reason of the plan.
-    """
+
+def integer_lines(fusion: Fusion) -> Iterable[str]:
+    """How many layers run in integer, or have weights alone that are quantised."""
     total = len(fusion.macs)
     where = "in" if fusion.measured else "by the rules of"
     if fusion.weight_only:
@@ -53,11 +64,17 @@ def fusion_lines(fusion: Fusion, skipped: Mapping[str, str]) -> Iterable[str]:
         share = f", {fusion.integer_share:.1%} of their MACs" if known else ""
         done = len(fusion.integer)
         yield f"{done} of {total} layers run in integer {where} {fusion.runtime}{share}"
+
+
+def in_float(fusion: Fusion, skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    """The layers that run in float by the reason why.
+
+    So does what was ``skipped``, which need not count among the layers, for the reason of the plan.
+    """
     reasons: dict[str, list[str]] = {}
     for node, why in {**fusion.fallen, **skipped}.items():
         reasons.setdefault(why, []).append(node)
-    for why, nodes in reasons.items():
-        yield f"in float, {why}: {named(nodes)}"
+    return reasons
 
 
 def finding_lines(checked: Checked) -> Iterable[str]:
@@ -80,15 +97,15 @@ def release_line(checked: Checked) -> Iterable[str]:
         yield f"loads in ONNX Runtime {checked.oldest_onnxruntime} or newer"
 
 
-def notes_of_all(points: Sequence[Point]) -> Iterable[str]:
-    """The notes of all points, each once, with the mean bits where not all have it."""
+def notes_of_all(points: Sequence[Point]) -> Iterable[tuple[str, str]]:
+    """The notes of all points, each once; where not all have it, with the mean bits in words."""
     holders: dict[str, list[str]] = {}
     for point in points:
         for note in point.result.notes:
             holders.setdefault(note, []).append(f"{point.config.mean_bits:g}")
     for note, means in holders.items():
         some = f" (mean bits {', '.join(means)})" if len(means) < len(points) else ""
-        yield f"note{some}: {note}"
+        yield note, some
 
 
 def named(names: Sequence[str]) -> str:

@@ -43,6 +43,12 @@ def comparison(verification: Verification, *, elsewhere: bool) -> Rows:
     return Rows(("", ">float", ">quantised", ">change"), rows)
 
 
+def outputs(verification: Verification) -> Rows:
+    """A row for each output: what is left of it in all, and of the worst slice of each axis."""
+    headers = "output", ">SQNR", ">worst slice", ">agrees", ">correlation", ">largest error", ""
+    return Rows(headers, [_summary_cells(output) for output in verification.outputs])
+
+
 def layers(result: QuantizeResult) -> Rows:
     """A row for each layer: how it was rounded, and what that did to its output."""
     numbers = ("shape", "weights", "MACs", "bits", "nearest", "learned", "moved", "SQNR")
@@ -165,6 +171,25 @@ def _point_cells(point: Point) -> list[str]:
         f"{found.latency.speedup:.2f}x",
         "*" if point.on_front else "",
         "gate missed" if point.missed else str(point.output or ""),
+    ]
+
+
+def _summary_cells(output: OutputComparison) -> list[str]:
+    worst, lost = output.worst_slice, output.lost_extreme
+    remarks = []
+    if lost is not None:
+        remarks.append(f"extreme of {slice_name(lost)} {lost.expected:.3g}, got {lost.got:.3g}")
+    if output.frozen is not None and output.frozen >= TOLD_FROZEN:
+        remarks.append(f"{output.frozen:.0%} of its elements no longer vary")
+    finite = worst is not None and math.isfinite(worst.sqnr_db)
+    return [
+        output.name,
+        "" if output.sqnr_db is None else decibels(output.sqnr_db),
+        f"{worst.sqnr_db:.2f} dB, {slice_name(worst)}" if worst is not None and finite else "",
+        "" if output.agreement is None else f"{output.agreement:.2%}",
+        "" if output.correlation is None else f"{output.correlation:.4f}",
+        f"{output.max_abs_error:.3g}",
+        "; ".join(remarks),
     ]
 
 

@@ -12,133 +12,18 @@ import numpy as np
 import onnx
 import pytest
 from rich.console import RenderableType
-from small_models import build
 
-from onnx_attnround.calibrate import Calibration
-from onnx_attnround.check import Checked, Finding, Fusion
+from onnx_attnround.check import Finding
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
 from onnx_attnround.pipeline import QuantizeResult
-from onnx_attnround.records import (
-    BitAllocation,
-    LayerPlan,
-    LayerRounding,
-    QuantParams,
-    QuantPlan,
-    QuantSpec,
-    TensorStats,
-)
 from onnx_attnround.report.console import check_console, console, plan_tables, points_table
-from onnx_attnround.report.document import report_dict, write_check, write_json
+from onnx_attnround.report.document import check_dict, report_dict
+from onnx_attnround.report.forms import write_report
 from onnx_attnround.report.layout import console_on
 from onnx_attnround.report.result import Point
 from onnx_attnround.targets import TARGETS
-from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification, slower_note
-from onnx_attnround.verify.results import Extreme, WorstSlice
-
-SPEC = QuantSpec(bits=4, signed=True, symmetric=True, axis=0)
-
-
-def layer(node: str, macs: int | None) -> LayerPlan:
-    """A 4-bit convolution."""
-    return LayerPlan(
-        node=node,
-        op_type="Conv",
-        x="x",
-        y=f"{node}.y",
-        weight=f"{node}.w",
-        bias=None,
-        weight_shape=(8, 3, 5, 5),
-        weight_spec=SPEC,
-        macs=macs,
-    )
-
-
-@pytest.fixture
-def result() -> QuantizeResult:
-    """A run on two layers, of which the second was not rounded by learning."""
-    return QuantizeResult(
-        model=build("net (float[N] x) => (float[N] y) { y = Abs(x) }"),
-        config=QuantConfig(),
-        fitted=100,
-        ranges=Calibration(
-            stats={"x": TensorStats(name="x", count=9, lo=-0.5, hi=30.0)},
-            params={
-                name: QuantParams(
-                    spec=QuantSpec(bits=8, signed=False, symmetric=False),
-                    scale=np.float32(0.125),
-                    zero_point=np.uint8(4),
-                )
-                for name in ("x", "flat")
-            },
-        ),
-        plan=QuantPlan(
-            target=TARGETS["ort"],
-            layers=(layer("/body/conv[0]", 1_234_567), layer("head", None)),
-            activations={},
-            same_range={"flat": "x"},
-            skipped={"lstm": "op LSTM is not supported"},
-        ),
-        allocation=BitAllocation(
-            bits={"/body/conv[0]": 4, "head": 8},
-            coding_length={"/body/conv[0]": 2.5, "head": 3.5},
-            mean_bits=4.0,
-        ),
-        blocks=(),
-        roundings={
-            "/body/conv[0]": LayerRounding(
-                weight="/body/conv[0].w",
-                spec=SPEC,
-                codes=np.zeros((8, 3, 5, 5), np.int8),
-                scale=np.ones(8, np.float32),
-                zero_point=np.zeros(8, np.int8),
-                bias=None,
-                mse_nearest=0.02,
-                mse_final=0.005,
-                changed=0.125,
-            )
-        },
-        checked=Checked(
-            target="ort",
-            findings=(
-                Finding(rule="zero-point-missing", node="head", why="write zeros", refused=False),
-            ),
-            fusion=Fusion(
-                runtime="ONNX Runtime 1.31.1",
-                measured=True,
-                integer=("/body/conv[0]",),
-                fallen={"head": "its bias is float"},
-                macs={"/body/conv[0]": 3_000_000, "head": 1_000_000},
-            ),
-            oldest_onnxruntime="1.18",
-            ran=True,
-        ),
-        verification=Verification(
-            samples=256,
-            basis="calibration",
-            outputs=(
-                OutputComparison(
-                    name="logits", sqnr_db=31.25, max_abs_error=0.5, agreeing=255, judged=256,
-                    worst_slices=(WorstSlice(axis=1, index=3, sqnr_db=17.5),),
-                    correlation=0.999,
-                    frozen=0.25,
-                    lost_extreme=Extreme(axis=1, index=2, kept=0.125, expected=0.875, got=0.109375),
-                    collapsed="its SQNR is low",
-                ),
-                OutputComparison(name="aux", sqnr_db=math.inf, max_abs_error=0.0),
-            ),
-            accuracy=Accuracy(samples=200, float_correct=190, quantised_correct=187),
-            layer_sqnr={"/body/conv[0]": 28.5},
-            not_compared=("head",),
-            latency=Latency(
-                batch=16, pairs=9, float_ms=8.0, quantised_ms=5.0, speedup=1.6, spread=(1.5, 1.75)
-            ),
-            float_bytes=4_000_000,
-            quantised_bytes=1_000_000,
-        ),
-        notes=("no calibration samples: weights only",),
-        seconds={"plan": 0.5, "round": 2.0},
-    )
+from onnx_attnround.verify import Latency, slower_note
 
 
 def text(renderable: RenderableType) -> str:
@@ -242,7 +127,7 @@ def test_the_report_does_without_verification(result: QuantizeResult) -> None:
 def test_the_file_is_strict_json(result: QuantizeResult, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     changed = replace(result, seconds={"plan": np.float64(0.25), "round": math.nan})
-    write_json(path, changed)
+    write_report(path, changed)
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -257,7 +142,7 @@ def test_a_report_that_cannot_be_written_is_an_output_error(
     result: QuantizeResult, tmp_path: Path
 ) -> None:
     with pytest.raises(OutputError):
-        write_json(tmp_path / "missing" / "report.json", result)
+        write_report(tmp_path / "missing" / "report.json", result)
 
 
 def test_the_console_compares(result: QuantizeResult) -> None:
@@ -291,7 +176,7 @@ def test_weights_alone_are_told_with_their_kernels(result: QuantizeResult) -> No
     fusion = replace(result.checked.fusion, integer=(), fallen={}, weight_only=kernels)
     rounding = result.roundings["/body/conv[0]"]
     blocks = replace(
-        rounding, spec=replace(SPEC, block_size=16), scale=np.ones((75, 1), np.float32)
+        rounding, spec=replace(rounding.spec, block_size=16), scale=np.ones((75, 1), np.float32)
     )
     changed = replace(
         result,
@@ -353,9 +238,9 @@ def test_the_check_is_printed_and_written(result: QuantizeResult, tmp_path: Path
     printed = text(check_console(replace(clean, findings=(broken,))))
     assert "no kernel" in printed
     assert "run in integer" not in printed and "not run" not in printed
-    write_check(tmp_path / "check.json", result.checked)
+    write_report(tmp_path / "check.json", result.checked)
     report = json.loads((tmp_path / "check.json").read_text())
-    assert report["check"] == report_dict(result)["check"]
+    assert report["check"] == report_dict(result)["check"] == check_dict(result.checked)["check"]
 
 
 def test_notes_of_all_points_are_printed_once_each(result: QuantizeResult) -> None:
