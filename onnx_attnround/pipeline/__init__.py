@@ -41,7 +41,7 @@ from onnx_attnround.records import (
 from onnx_attnround.report.result import QuantizeResult
 from onnx_attnround.runtime.session import custom_ops, open_session
 from onnx_attnround.samples import Samples, open_samples
-from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.samples.preprocess import Preprocess, Transform
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import get_target
 from onnx_attnround.verify import (
@@ -78,7 +78,7 @@ def quantize(
     *,
     output: Path | str | None = None,
     evaluation: object = None,
-    preprocess: Preprocess | str | None = None,
+    preprocess: Preprocess | str | Transform | None = None,
     on_event: OnEvent = lambda event: None,
     **settings: Any,
 ) -> QuantizeResult:
@@ -112,7 +112,7 @@ def check_model(
     config: QuantConfig | Mapping[str, Any] | None = None,
     calibration: object = None,
     *,
-    preprocess: Preprocess | str | None = None,
+    preprocess: Preprocess | str | Transform | None = None,
     **settings: Any,
 ) -> Checked:
     """Check a quantised model of any origin against the rules of ``config.target``.
@@ -167,7 +167,7 @@ def load(
     model: Path | str | ir.Model,
     calibration: object,
     evaluation: object,
-    preprocess: Preprocess | str | None,
+    preprocess: Preprocess | str | Transform | None,
 ) -> Loaded:
     """Open model and samples, and judge whether they are what the config needs."""
     source = source_of(model)

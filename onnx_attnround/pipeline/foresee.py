@@ -13,7 +13,7 @@ from onnx_attnround.graph import check_output
 from onnx_attnround.pipeline import load, path_of, planned, source_of
 from onnx_attnround.pipeline.context import Run
 from onnx_attnround.pipeline.open_inputs import comparable
-from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.samples.preprocess import Preprocess, Transform
 
 
 def foresee(
@@ -23,7 +23,7 @@ def foresee(
     *,
     outputs: Sequence[Path | str] = (),
     evaluation: object = None,
-    preprocess: Preprocess | str | None = None,
+    preprocess: Preprocess | str | Transform | None = None,
     compared: bool = False,
 ) -> list[str]:
     """The notes that ``quantize`` begins with; raises what it refuses before anything slow.

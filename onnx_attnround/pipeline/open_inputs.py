@@ -13,9 +13,9 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.plan.bits import measures
 from onnx_attnround.records import Array
-from onnx_attnround.samples import Samples, find_labels, keys_of, open_samples
+from onnx_attnround.samples import Samples, keys_of, open_samples
 from onnx_attnround.samples.holdout import hold_out
-from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.samples.preprocess import Preprocess, Transform
 from onnx_attnround.verify import Basis
 
 LEAST_BESIDE = 16
@@ -28,7 +28,7 @@ def open_calibration(
     source: Path | None,
     calibration: object,
     model: ir.Model,
-    preprocess: Preprocess | str | None,
+    preprocess: Preprocess | str | Transform | None,
     config: QuantConfig,
     notes: list[str],
 ) -> Samples | None:
@@ -57,7 +57,7 @@ def open_calibration(
 def open_evaluation(
     evaluation: object,
     model: ir.Model,
-    preprocess: Preprocess | str | None,
+    preprocess: Preprocess | str | Transform | None,
     notes: list[str],
 ) -> tuple[Samples | None, Array | None]:
     """The samples to verify on and their labels, where there are any; a note of arrays unread."""
@@ -65,7 +65,7 @@ def open_evaluation(
         return None, None
     specs = graph.input_specs(model)
     samples = open_samples(evaluation, specs, preprocess=preprocess)
-    labels = find_labels(evaluation)
+    labels = samples.labels()
     read = {"images", *(spec.name for spec in specs)}
     if labels is None and (unread := [f"'{k}'" for k in keys_of(evaluation) if k not in read]):
         what = "evaluation" if isinstance(evaluation, Mapping) else f"'{evaluation}'"

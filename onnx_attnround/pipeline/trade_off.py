@@ -20,7 +20,7 @@ from onnx_attnround.pipeline import Prepared, finish, load, prepare, source_of
 from onnx_attnround.pipeline.context import OnEvent, Run
 from onnx_attnround.pipeline.open_inputs import comparable
 from onnx_attnround.report.result import Point, QuantizeResult
-from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.samples.preprocess import Preprocess, Transform
 from onnx_attnround.verify import REMEDY, missed_gates
 
 
@@ -32,7 +32,7 @@ def trade_off(
     mean_bits: Sequence[float],
     output: Path | str | None = None,
     evaluation: object = None,
-    preprocess: Preprocess | str | None = None,
+    preprocess: Preprocess | str | Transform | None = None,
     on_event: OnEvent = lambda event: None,
     **settings: Any,
 ) -> tuple[Point, ...]:

@@ -18,14 +18,15 @@ import numpy as np
 
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, InputSpec
+from onnx_attnround.samples.items import Kept, feeds_of
 from onnx_attnround.samples.matching import Part, part_of
-from onnx_attnround.samples.preprocess import Preprocess, load_preprocess
-from onnx_attnround.samples.sources import arrays_of, feeds_of
-from onnx_attnround.samples.streams import Feeds, length, listed, rows_of
+from onnx_attnround.samples.preprocess import Preprocess, Transform, load_preprocess
+from onnx_attnround.samples.sources import LABELS, arrays_of
+from onnx_attnround.samples.streams import Feeds, Stream, length, listed, rows_of
 
 GOLDEN = 0.6180339887498949
 
-__all__ = ["Feeds", "Samples", "find_labels", "keys_of", "open_samples", "read_labels"]
+__all__ = ["Feeds", "Samples", "keys_of", "open_samples", "read_labels"]
 
 
 class Samples:
@@ -105,6 +106,22 @@ class Samples:
             for batch in _rechunk(blocks, size, drop_rest=static is not None):
                 yield {**batch, **fixed}
 
+    def labels(self) -> Array | None:
+        """The class labels that came with the samples, int64 ``[n]``; ``None`` without any.
+
+        There may be more than samples, where the model's batch is static. Raises
+        ``CalibrationError`` if they are not integers ``[n]``, or not all samples have them.
+        """
+        found = [part.labels for part in self._parts()]
+        opened = [labels() for labels in found if labels is not None]
+        if not opened:
+            return None
+        if len(opened) < len(found):
+            raise CalibrationError(
+                f"{len(opened)} of {len(found)} items have labels: give all of them some, or none"
+            )
+        return np.concatenate([_class_indices(stream) for stream in opened])
+
     def _limited(self) -> Iterator[Part]:
         left = self._limit
         for part in self._parts():
@@ -150,17 +167,20 @@ def open_samples(
     inputs: Sequence[InputSpec],
     *,
     limit: int | None = None,
-    preprocess: Preprocess | str | None = None,
+    preprocess: Preprocess | str | Transform | None = None,
 ) -> Samples:
     """Open calibration or evaluation samples in any supported form.
 
     ``source`` is a path (.npz with keys = input names, .npz with uint8 ``images``
     ``[n, height, width, channel]``, .npy, an image, a folder of either, an ONNX
-    ``test_data_set_*`` folder or a folder of such), an array (model with one
-    input), a mapping of input names to arrays, or an iterable of such mappings
-    that can be iterated again. Arrays hold one sample or a batch of them. Only
+    ``test_data_set_*`` folder or a folder of such), an array or tensor (model with one
+    input), a mapping of input names to arrays, or an iterable: a list, a generator, a
+    ``DataLoader`` or dataset of PyTorch. Its items are arrays, mappings, images, files, or tuples
+    in the order of the inputs, behind which labels may stand; what is no list is gone
+    through once and kept in a temporary file. Arrays hold one sample or a batch of them. Only
     the first ``limit`` samples are used. ``preprocess``, or that of the name or file, is
-    applied to uint8 images that feed a float input. In a folder or iterable, a feed whose inputs
+    applied to uint8 images that feed a float input; a function is given each item of an
+    iterable, and returns one. In a folder or iterable, a feed whose inputs
     cannot be stacked sample by sample is fed as it is and counts as one.
 
     Raises ``CalibrationError`` if the samples cannot be read or do not fit ``inputs``,
@@ -168,9 +188,13 @@ def open_samples(
     """
     if not inputs:
         raise CalibrationError("the model has no inputs: there is nothing to calibrate with")
-    chosen = None if preprocess is None else load_preprocess(preprocess)
-    feeds = feeds_of(source, inputs, chosen)
-    return Samples(lambda: (part_of(feed, inputs, chosen) for feed in feeds()), limit)
+    transform = preprocess if callable(preprocess) else None
+    chosen = None if preprocess is None or callable(preprocess) else load_preprocess(preprocess)
+    feeds = feeds_of(source, inputs, transform or chosen)
+    samples = Samples(lambda: (part_of(feed, inputs, chosen) for feed in feeds()), limit)
+    if isinstance(feeds, Kept):
+        feeds.close()
+    return samples
 
 
 def read_labels(path: str | Path) -> Array:
@@ -178,29 +202,22 @@ def read_labels(path: str | Path) -> Array:
 
     Raises ``CalibrationError`` if there are none or they are not integers ``[n]``.
     """
-    if (labels := find_labels(Path(path))) is None:
+    members = arrays_of(Path(path))
+    if LABELS not in members:
         raise CalibrationError(
-            f"'{path}' has no 'labels', found {listed(keys_of(Path(path)))}: add an integer array "
-            "[n]"
+            f"'{path}' has no 'labels', found {listed(members)}: add an integer array [n]"
         )
-    return labels
+    return _class_indices(members[LABELS]())
 
 
-def find_labels(source: object) -> Array | None:
-    """The class labels, int64 ``[n]``, among the arrays of an .npz or a mapping.
-
-    ``None`` where it has none, or is of another form. Raises ``CalibrationError`` if they
-    are not integers ``[n]``.
-    """
-    if "labels" not in (members := arrays_of(source)):
-        return None
-    stream = members["labels"]()
-    if stream.dtype.kind not in "iu" or len(stream.shape) != 1:
+def _class_indices(stream: Stream) -> Array:
+    """Labels, int64 ``[n]``, from as many integers or from one; raises ``CalibrationError``."""
+    if stream.dtype.kind not in "iu" or len(stream.shape) > 1:
         raise CalibrationError(
             f"{stream.label}: got {stream.dtype} {list(stream.shape)}, expected integers [n]: "
-            "save class indices"
+            "give class indices"
         )
-    return next(stream.blocks(None)).astype(np.int64)
+    return np.atleast_1d(next(stream.blocks(None))).astype(np.int64)
 
 
 def keys_of(source: object) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, InputSpec
 from onnx_attnround.samples.preprocess import PREPROCESS, Preprocess
-from onnx_attnround.samples.sources import Feed
+from onnx_attnround.samples.sources import IMAGES, LABELS, Feed
 from onnx_attnround.samples.streams import (
     Feeds,
     Found,
@@ -31,6 +31,7 @@ class Part:
     ``key`` is the model's static batch (``None`` if dynamic) and what neighbours
     that may share a batch have in common. Without ``rows`` it is one feed, fed as it is.
     ``chosen``, booleans ``[count]``, tells which of the samples are used; ``None`` is all.
+    ``labels`` are the class labels that came along.
     """
 
     rows: Mapping[str, Stream]
@@ -38,6 +39,7 @@ class Part:
     count: int
     key: tuple[int | None, object]
     chosen: Array | None = None
+    labels: Callable[[], Stream] | None = None
 
     def blocks(self, size: int) -> Iterator[Feeds]:
         """Blocks of at most ``size`` rows, in order: those of the first ``count`` that are used."""
@@ -87,7 +89,15 @@ def part_of(feed: Feed, specs: Sequence[InputSpec], preprocess: Preprocess | Non
             next(iter(static), None) if rows else None,
             object() if fixed else tuple(stream.shape[1:] for stream in rows.values()),
         ),
+        labels=_labels(feed, specs),
     )
+
+
+def _labels(feed: Feed, specs: Sequence[InputSpec]) -> Callable[[], Stream] | None:
+    """The class labels beside the inputs, where there are any."""
+    if not isinstance(feed.found, Mapping) or LABELS in (spec.name for spec in specs):
+        return feed.labels
+    return feed.labels or feed.found.get(LABELS)
 
 
 def _check_as_is(feed: Feed, specs: Sequence[InputSpec], streams: Mapping[str, Stream]) -> None:
@@ -119,8 +129,8 @@ def _matched(feed: Feed, specs: Sequence[InputSpec], preprocess: Preprocess | No
     missing = [name for name in names if name not in found]
     if not missing:
         return [found[name]() for name in names]
-    if len(specs) == 1 and "images" in found:
-        stream = found["images"]()
+    if len(specs) == 1 and IMAGES in found:
+        stream = found[IMAGES]()
         if preprocess or specs[0].dtype == np.uint8:
             return [stream]
         raise CalibrationError(_wants_preprocessing(stream.label, specs[0]))

@@ -6,7 +6,7 @@ from a table of 256 entries: it is computed once, in float64, and then looked up
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,9 @@ from pydantic import Field, model_validator
 from onnx_attnround.config import Settings, read_config
 from onnx_attnround.errors import CalibrationError, ConfigError
 from onnx_attnround.records import Array
+
+Transform = Callable[[Any], Any]
+"""What makes inputs of an item of an iterable, in place of a :class:`Preprocess`."""
 
 Pixels = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

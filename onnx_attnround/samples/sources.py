@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from PIL import Image
 
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, InputSpec
-from onnx_attnround.samples.preprocess import Preprocess
+from onnx_attnround.samples.preprocess import Preprocess, pixels
 from onnx_attnround.samples.streams import (
     Found,
     Stream,
@@ -27,6 +28,9 @@ from onnx_attnround.samples.streams import (
     reading,
 )
 
+IMAGES, LABELS = "images", "labels"
+"""Names of arrays that are read beside the inputs of the model."""
+
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _FORMS = ".npz, .npy, an image, or a folder of .npz, .npy, images or ONNX test_data_set_* folders"
 
@@ -35,65 +39,89 @@ _FORMS = ".npz, .npy, an image, or a folder of .npz, .npy, images or ONNX test_d
 class Feed:
     """Arrays by name, or one without a name, and where they come from.
 
-    ``as_is`` allows a feed whose inputs cannot be stacked sample by sample.
+    ``as_is`` allows a feed whose inputs cannot be stacked sample by sample. ``labels`` are
+    those of the entry beside the inputs of a tuple; of names, they are found under ``labels``.
     """
 
     label: str
     found: Found | Callable[[], Stream]
     as_is: bool
+    labels: Callable[[], Stream] | None = None
 
 
-def feeds_of(
+def is_array(value: object) -> bool:
+    """Whether ``value`` is an array of NumPy, or of a library that hands such over."""
+    return hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+
+
+def feeds_of_whole(
     source: object, specs: Sequence[InputSpec], preprocess: Preprocess | None
 ) -> Callable[[], Iterable[Feed]]:
-    """A function that gives the feeds of ``source`` anew at each call."""
+    """A function that gives the feeds of a path, an array or a mapping anew at each call."""
     if isinstance(source, str | PathLike):
         return _feeds_of_path(Path(source), specs, preprocess)
-    if isinstance(source, np.ndarray):
-        feed = Feed(label="array", found=lambda: memory("array", source), as_is=False)
-        return lambda: [feed]
     if isinstance(source, Mapping):
         feed = Feed(label="mapping", found=arrays_of(source), as_is=False)
-        return lambda: [feed]
-    if isinstance(source, Iterator) or not isinstance(source, Iterable):
+    elif is_array(source):
+        array = as_array("array", source, preprocess)
+        feed = Feed(label="array", found=lambda: memory("array", array), as_is=False)
+    else:
         raise CalibrationError(
-            f"got samples of type {type(source).__name__}, expected a path, an array, "
-            "a mapping of input names to arrays, or a list of such mappings: "
-            "samples are read more than once, so wrap a generator in list()"
+            f"got samples of type {type(source).__name__}, expected a path, an array, a mapping "
+            "of input names to arrays, or an iterable of arrays, tuples or mappings, such as a "
+            "list or a DataLoader"
         )
-    return lambda: (_item(index, item) for index, item in enumerate(source))
-
-
-def _item(index: int, item: object) -> Feed:
-    label = f"item {index}"
-    if not isinstance(item, Mapping):
-        raise CalibrationError(
-            f"{label}: got {type(item).__name__}, expected a mapping of input names to arrays"
-        )
-    return Feed(label=label, found=_mapping(label, item), as_is=True)
+    return lambda: [feed]
 
 
 def arrays_of(source: object) -> Found:
     """The arrays of an .npz or a mapping by their names; none for other forms."""
     if isinstance(source, Mapping):
-        return _mapping("mapping", source)
+        return mapping_of("mapping", source, None)
     if isinstance(source, str | PathLike) and Path(source).suffix == ".npz":
         return npz(Path(source))
     return {}
 
 
-def _mapping(label: str, arrays: Mapping[str, Any]) -> Found:
+def mapping_of(label: str, arrays: Mapping[str, Any], preprocess: Preprocess | None) -> Found:
+    """The arrays of a mapping by their names, read as :func:`as_array` does when asked for."""
     return {
-        str(key): partial(memory, f"{label}['{key}']", np.asarray(value))
+        str(key): partial(_array_stream, f"{label}['{key}']", value, preprocess)
         for key, value in arrays.items()
     }
+
+
+def _array_stream(label: str, value: object, preprocess: Preprocess | None) -> Stream:
+    return memory(label, as_array(label, value, preprocess))
+
+
+def as_array(label: str, value: object, preprocess: Preprocess | None) -> Array:
+    """What NumPy makes of an array, a tensor, an image of Pillow or nested lists of numbers."""
+    if isinstance(value, Image.Image):
+        return pixels(value, preprocess.mode if preprocess else "RGB")
+    if hasattr(value, "detach"):  # a tensor of PyTorch, which may need a gradient or be elsewhere
+        value = value.detach().cpu()
+    try:
+        array: Array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"{label}: {_no_array(value)}: {error}") from error
+    if array.dtype.hasobject:
+        raise CalibrationError(f"{label}: {_no_array(value)}")
+    return array
+
+
+def _no_array(value: object) -> str:
+    return (
+        f"got {type(value).__name__}, expected an array or a tensor that NumPy can hold, such as "
+        "float32"
+    )
 
 
 def _feeds_of_path(
     path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | None
 ) -> Callable[[], Iterable[Feed]]:
     if path.is_file():
-        return lambda: [_file(path, preprocess, as_is=False)]
+        return lambda: [file_feed(path, preprocess, as_is=False)]
     if not path.is_dir():
         raise CalibrationError(f"'{path}' not found: expected {_FORMS}")
     sets = (
@@ -109,10 +137,11 @@ def _feeds_of_path(
     )
     if not files:
         raise CalibrationError(f"folder '{path}' holds no samples: expected {_FORMS}")
-    return lambda: (_file(file, preprocess, as_is=True) for file in files)
+    return lambda: (file_feed(file, preprocess, as_is=True) for file in files)
 
 
-def _file(path: Path, preprocess: Preprocess | None, *, as_is: bool) -> Feed:
+def file_feed(path: Path, preprocess: Preprocess | None, *, as_is: bool) -> Feed:
+    """The feed of a file, whose form its name tells; raises ``CalibrationError``."""
     found: Found | Callable[[], Stream]
     suffix = path.suffix.lower()
     if suffix == ".npz":
