@@ -10,6 +10,7 @@ What this module exports is public. All other modules are how it is done, and ma
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,16 @@ from onnx_attnround.version import version
 
 if TYPE_CHECKING:
     from onnx_attnround.pipeline import check_model, make_plan, quantize
+    from onnx_attnround.pipeline.from_torch import from_torch
     from onnx_attnround.pipeline.trade_off import trade_off
     from onnx_attnround.records import Event
     from onnx_attnround.report.result import QuantizeResult
     from onnx_attnround.samples.preprocess import Preprocess
 
     __version__: str
+
+# What goes on is logged for those who ask; without a handler of theirs nothing shows.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Else the official builds of ONNX Runtime from 1.29 on report on the models that they run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -53,6 +58,7 @@ __all__ = [
     "Target",
     "__version__",
     "check_model",
+    "from_torch",
     "make_plan",
     "quantize",
     "trade_off",
@@ -64,6 +70,7 @@ _LATE = {
     "Preprocess": "samples.preprocess",
     "QuantizeResult": "report.result",
     "check_model": "pipeline",
+    "from_torch": "pipeline.from_torch",
     "make_plan": "pipeline",
     "quantize": "pipeline",
     "trade_off": "pipeline.trade_off",

@@ -30,7 +30,7 @@ _NAMES = (
     "__main__",
 )
 LEVELS = {name: level for level, names in enumerate(_NAMES) for name in names.split()}
-TORCH = {"runtime.device", "rounding", "shadow", "smooth", "reconstruct"}
+TORCH = {"runtime.device", "pipeline.from_torch", "rounding", "shadow", "smooth", "reconstruct"}
 MAX_FILE, MAX_FUNCTION = 500, 60
 LONG_FUNCTIONS = {("cli", "command")}  # one argument for each option of the command line
 

@@ -30,7 +30,7 @@ from onnx_attnround.graph.editing import (
     through_proto,
     with_outputs,
 )
-from onnx_attnround.graph.loading import load
+from onnx_attnround.graph.loading import from_proto, load
 from onnx_attnround.graph.opset import least_ir_version, raise_opset
 from onnx_attnround.graph.saving import (
     check_output,
@@ -48,6 +48,7 @@ __all__ = [
     "digest_of",
     "draws",
     "fits_inline",
+    "from_proto",
     "in_files",
     "in_memory",
     "input_specs",

@@ -1,4 +1,4 @@
-"""ONNX files in: what is read has been checked."""
+"""ONNX models in, from files or memory: what is read has been checked."""
 
 from __future__ import annotations
 
@@ -25,19 +25,51 @@ def load(path: Path) -> ir.Model:
             truncated or outside the model's folder, or is not valid ONNX.
     """
     proto = parse(path)
+    for external in filter(is_external, tensors(proto)):
+        _check_external(external, path)
+    model = _checked(proto, f"'{path}'", path)
+    _map_files(model, path.parent.resolve())
+    name_nodes(model)
+    return model
+
+
+def from_proto(proto: onnx.ModelProto | bytes) -> ir.Model:
+    """The checked model of a message or its bytes, every node with a unique name.
+
+    ``proto`` stays as it is. Raises ``ModelError`` if it is not valid ONNX, or if its
+    weights lie in other files, whose place only a path would tell.
+    """
+    copy = onnx.ModelProto()
     try:
-        for external in filter(is_external, tensors(proto)):
-            _check_external(external, path)
+        copy.MergeFromString(proto if isinstance(proto, bytes) else proto.SerializeToString())
+    except DecodeError as error:
+        raise ModelError(
+            f"{len(proto)} bytes are not an ONNX model; give those of a whole .onnx file"
+            if isinstance(proto, bytes)
+            else f"the model cannot be copied: {reason(error)}; give the path of its file"
+        ) from error
+    _check_graph(copy, "the model")
+    for external in filter(is_external, tensors(copy)):
+        raise ModelError(
+            f"tensor '{external.name}' of the model lies in another file; give the path of the "
+            "model, or load it with its external data"
+        )
+    model = _checked(copy, "the model", None)
+    name_nodes(model)
+    return model
+
+
+def _checked(proto: onnx.ModelProto, label: str, path: Path | None) -> ir.Model:
+    """The model of ``proto``, which may be rewritten; raises ``ModelError``."""
+    try:
         _check(proto, path)
         model = ir.from_proto(proto)
         for tensor in _inline_tensors(model):
             _check_size(tensor)
     except (onnx.checker.ValidationError, ir.serde.SerdeError, ValueError) as error:
         raise ModelError(
-            f"'{path}' is not a valid ONNX model: {reason(error)}; export it again"
+            f"{label} is not a valid ONNX model: {reason(error)}; export it again"
         ) from error
-    _map_files(model, path.parent.resolve())
-    name_nodes(model)
     return model
 
 
@@ -76,14 +108,19 @@ def parse(path: Path) -> onnx.ModelProto:
         ) from error
     except (DecodeError, UnicodeDecodeError) as error:  # the latter from protobuf in pure Python
         raise ModelError(_not_onnx(path)) from error
+    _check_graph(proto, f"'{path}'")
+    return proto
+
+
+def _check_graph(proto: onnx.ModelProto, label: str) -> None:
+    """Raise ``ModelError`` for a message without a graph, or with what is not supported."""
     if not proto.HasField("graph"):
-        raise ModelError(f"'{path}' holds no graph, so it is not a model; export it again")
+        raise ModelError(f"{label} holds no graph, so it is not a model; export it again")
     if proto.graph.sparse_initializer:
         name = proto.graph.sparse_initializer[0].values.name
         raise ModelError(
-            f"sparse initializer '{name}' of '{path}' is not supported; store it as dense tensor"
+            f"sparse initializer '{name}' of {label} is not supported; store it as dense tensor"
         )
-    return proto
 
 
 def _not_onnx(path: Path) -> str:
@@ -98,11 +135,14 @@ def _not_onnx(path: Path) -> str:
     return f"'{path}' is not an ONNX file, or is truncated; download or export it again"
 
 
-def _check(proto: onnx.ModelProto, path: Path) -> None:
-    """The check of onnx, but for what runtimes forgive; ``proto`` may be rewritten."""
+def _check(proto: onnx.ModelProto, path: Path | None) -> None:
+    """The check of onnx, but for what runtimes forgive; ``proto`` may be rewritten.
+
+    Without anything of that kind the file in ``path`` is checked, whatever its size.
+    """
     rewritten = put_right(proto)
     with presentable(proto) as hides:
-        onnx.checker.check_model(proto if rewritten or hides else str(path))
+        onnx.checker.check_model(proto if rewritten or hides or path is None else str(path))
 
 
 def _inline_tensors(model: ir.Model) -> Iterator[ir.TensorProtoTensor]:

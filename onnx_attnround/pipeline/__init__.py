@@ -18,7 +18,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import GateError, ModelError, OutputError
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.pipeline.activations import plan_parted, ranges_of, with_float_stem
-from onnx_attnround.pipeline.context import OnEvent, Run
+from onnx_attnround.pipeline.context import OnEvent, Run, log_notes, logged
 from onnx_attnround.pipeline.memory_limit import within_limit
 from onnx_attnround.pipeline.notes import few_rows, taken, unblocked
 from onnx_attnround.pipeline.open_inputs import (
@@ -27,6 +27,7 @@ from onnx_attnround.pipeline.open_inputs import (
     open_calibration,
     open_evaluation,
 )
+from onnx_attnround.pipeline.open_model import ModelSource, open_model, source_of
 from onnx_attnround.pipeline.smoothing import smooth_model
 from onnx_attnround.plan.bits import allocate, measures
 from onnx_attnround.records import (
@@ -60,19 +61,19 @@ CHECKED_SAMPLES = 4
 
 
 def make_plan(
-    model: Path | str | ir.Model,
+    model: ModelSource,
     config: QuantConfig | Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[QuantPlan, BitAllocation]:
     """What :func:`quantize` would quantise given samples, and with how many bits; runs nothing."""
     config = QuantConfig.of(config, **settings)
-    simplified, _ = simplify(_load(model))
+    simplified, _ = simplify(open_model(model))
     simplified, plan = plan_parted(simplified, config, quantise_activations=True)
     return plan, _allocate(simplified, plan, config, None)
 
 
 def quantize(
-    model: Path | str | ir.Model,
+    model: ModelSource,
     calibration: object = None,
     config: QuantConfig | Mapping[str, Any] | None = None,
     *,
@@ -87,18 +88,22 @@ def quantize(
     ``settings`` are keys of ``QuantConfig``, ``weight_bits=4`` for one; ``config`` may
     hold them too, as a config or a mapping, and those given here override it.
 
+    ``model`` is a path, the bytes of a file, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+
     ``calibration`` is anything that ``samples.open_samples`` reads: a path, an
-    array, a mapping of input names to arrays. Without it, ONNX
+    array, a mapping of input names to arrays, a list, a ``DataLoader`` or another
+    iterable of samples or batches, with labels or without. Without it, ONNX
     ``test_data_set_*`` beside the model are used, if they hold 16 samples or more; else
     only weights are quantised, to nearest. ``evaluation`` are samples to verify on, in
-    the same forms; an .npz or a mapping may hold ``labels`` for top-1.
-    ``preprocess`` turns images into inputs: a ``Preprocess``, the name of one, or a file.
+    the same forms; an .npz or a mapping may hold ``labels`` for top-1, and a tuple may end in them.
+    ``preprocess`` turns images into inputs: a ``Preprocess``, the name of one, or a file. A
+    function instead makes inputs of each item of an iterable.
 
     Raises an :class:`AttnRoundError` (``errors.py``) on any bad input; a missed
     gate raises ``GateError`` with the result as its ``result``, and leaves no file.
     """
     config = QuantConfig.of(config, **settings)
-    run = Run(config, on_event)
+    run = Run(config, logged(on_event))
     if output is not None:
         graph.check_output(path_of(output), source_of(model))
     given = load(run, model, calibration, evaluation, preprocess)
@@ -108,7 +113,7 @@ def quantize(
 
 
 def check_model(
-    model: Path | str | ir.Model,
+    model: ModelSource,
     config: QuantConfig | Mapping[str, Any] | None = None,
     calibration: object = None,
     *,
@@ -121,7 +126,7 @@ def check_model(
     where its shapes are known. Raises ``ModelError`` if the file cannot be read.
     """
     config = QuantConfig.of(config, **settings)
-    loaded = _load(model)
+    loaded = open_model(model)
     with custom_ops(config.custom_op_library):
         feed = None
         if calibration is not None:
@@ -164,7 +169,7 @@ class Prepared:
 
 def load(
     run: Run,
-    model: Path | str | ir.Model,
+    model: ModelSource,
     calibration: object,
     evaluation: object,
     preprocess: Preprocess | str | Transform | None,
@@ -178,7 +183,7 @@ def load(
     if run.config.work_dir is not None:
         check_work_dir(run.config.work_dir)
     with run.stage("load"):
-        original = _load(model)
+        original = open_model(model)
         samples = open_calibration(
             source, calibration, original, preprocess, run.config, run.notes
         )
@@ -273,22 +278,11 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         seconds=run.seconds,
         source=prepared.given.source,
     )
+    log_notes(result.notes)
     _check_gates(result, config)
     if output is not None:
         graph.save(quantised, Path(output), source=prepared.given.source)
     return result
-
-
-def source_of(model: Path | str | ir.Model) -> Path | None:
-    """The file of the model, ``None`` if it is in memory; ``ModelError`` for anything else."""
-    if isinstance(model, ir.Model):
-        return None
-    if not isinstance(model, str | PathLike):
-        raise ModelError(
-            f"the model is of type {type(model).__name__}, expected a path or an onnx_ir.Model; "
-            "onnx_ir.from_proto makes one of an onnx.ModelProto"
-        )
-    return Path(model)
 
 
 def path_of(output: object) -> Path:
@@ -296,13 +290,6 @@ def path_of(output: object) -> Path:
     if not isinstance(output, str | PathLike):
         raise OutputError(f"the output is of type {type(output).__name__}, expected a path")
     return Path(output)
-
-
-def _load(model: Path | str | ir.Model) -> ir.Model:
-    if isinstance(model, ir.Model):
-        return model
-    source_of(model)  # judges the type
-    return graph.load(Path(model))
 
 
 def _within_limit(run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan) -> Loaded:

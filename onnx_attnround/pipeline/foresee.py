@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import check_output
-from onnx_attnround.pipeline import load, path_of, planned, source_of
+from onnx_attnround.pipeline import load, path_of, planned
 from onnx_attnround.pipeline.context import Run
 from onnx_attnround.pipeline.open_inputs import comparable
+from onnx_attnround.pipeline.open_model import ModelSource, source_of
 from onnx_attnround.samples.preprocess import Preprocess, Transform
 
 
 def foresee(
-    model: Path | str | ir.Model,
+    model: ModelSource,
     calibration: object = None,
     config: QuantConfig | Mapping[str, Any] | None = None,
     *,

@@ -11,21 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, GateError
 from onnx_attnround.graph import check_output
-from onnx_attnround.pipeline import Prepared, finish, load, prepare, source_of
-from onnx_attnround.pipeline.context import OnEvent, Run
+from onnx_attnround.pipeline import Prepared, finish, load, prepare
+from onnx_attnround.pipeline.context import OnEvent, Run, logged
 from onnx_attnround.pipeline.open_inputs import comparable
+from onnx_attnround.pipeline.open_model import ModelSource, source_of
 from onnx_attnround.report.result import Point, QuantizeResult
 from onnx_attnround.samples.preprocess import Preprocess, Transform
 from onnx_attnround.verify import REMEDY, missed_gates
 
 
 def trade_off(
-    model: Path | str | ir.Model,
+    model: ModelSource,
     calibration: object = None,
     config: QuantConfig | Mapping[str, Any] | None = None,
     *,
@@ -49,7 +48,7 @@ def trade_off(
     outputs = [None if output is None else point_path(output, each) for each in configs]
     for path in filter(None, outputs):
         check_output(path, source)
-    shared = Run(configs[0], on_event)
+    shared = Run(configs[0], logged(on_event))
     given = load(shared, model, calibration, evaluation, preprocess)
     comparable(given.judged_on)
     prepared = prepare(shared, given)
