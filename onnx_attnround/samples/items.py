@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -119,6 +120,7 @@ class Kept:
         self._wanted = wanted
         self._drawn: list[Feed] = []
         self._file = tempfile.TemporaryFile(prefix="attnround-")  # noqa: SIM115, lives as long
+        weakref.finalize(self, self._file.close)
 
     def __call__(self) -> Iterator[Feed]:
         """The feeds from the first one on."""
