@@ -141,7 +141,7 @@ def test_the_demo_prints_what_the_readme_shows(
     printed, (shown, *_) = capsys.readouterr().out, blocks("text")
     for pattern, margin in (
         (r"^size +([\d.]+) kB +([\d.]+) kB +([\d.]+)x smaller", 0.03),
-        (r"SQNR \(600 samples\) +([\d.]+) dB", 0.1),
+        (r"SQNR \(600 samples\) +([\d.]+) ± [\d.]+ dB", 0.1),
         (r"^top-1 \(600 samples\) +([\d.]+)% +([\d.]+)%", 0.01),
         (r"^(\d+) of (\d+) layers run in integer", 0.0),
         (r"^([\d.]+) bits per weight", 0.02),

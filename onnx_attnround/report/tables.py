@@ -135,7 +135,8 @@ def _output_cells(output: OutputComparison, samples: str) -> Iterable[list[str]]
         kind = "values equal" if output.sqnr_db is None else "top-1 agrees"
         yield [f"{output.name}: {kind}", "", "", f"{output.agreement:.2%}"]
     if output.sqnr_db is not None:
-        yield [f"{output.name}: SQNR ({samples})", "", "", decibels(output.sqnr_db)]
+        told = decibels(output.sqnr_db, output.sqnr_error_db)
+        yield [f"{output.name}: SQNR ({samples})", "", "", told]
     if (worst := output.worst_slice) is not None and math.isfinite(worst.sqnr_db):
         row = f"{output.name}: SQNR of {slice_name(worst)}, the worst"
         yield [row, "", "", decibels(worst.sqnr_db)]
@@ -193,9 +194,10 @@ def _summary_cells(output: OutputComparison) -> list[str]:
     ]
 
 
-def decibels(sqnr: float) -> str:
-    """An SQNR for people."""
-    return f"{sqnr:.2f} dB" if math.isfinite(sqnr) else "exact"
+def decibels(sqnr: float, error: float | None = None) -> str:
+    """An SQNR for people, with its standard ``error``."""
+    uncertain = "" if error is None else f" ± {error:.2f}"
+    return f"{sqnr:.2f}{uncertain} dB" if math.isfinite(sqnr) else "exact"
 
 
 def size(count: int) -> str:

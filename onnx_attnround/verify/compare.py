@@ -14,7 +14,7 @@ from onnx_attnround.errors import CalibrationError, OutputError
 from onnx_attnround.graph import input_specs
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.samples import Samples
-from onnx_attnround.samples.mask import find_mask, tokens, without_padding
+from onnx_attnround.samples.mask import find_mask, tokens, without_padding, zero_padding
 from onnx_attnround.verify.collapse import LEAST_DB, collapse
 from onnx_attnround.verify.results import Accuracy, OutputComparison
 from onnx_attnround.verify.runs import Feed, Models, Outputs, Step, sample_count
@@ -36,7 +36,8 @@ def compare_outputs(
     for feed in feeds:
         expected, got = run(feed)
         for name, value in expected.items():
-            sums.setdefault(name, OutputSums(name)).add(value, got[name], tokens(feed, mask))
+            total = sums.setdefault(name, OutputSums(name))
+            total.add(value, got[name], tokens(feed, mask), sample_count(feed))
         if labels is not None:
             wanted = labels[done : done + sample_count(feed)]
             correct += [_correct(outputs, expected, wanted) for outputs in (expected, got)]
@@ -111,8 +112,8 @@ class Sums:
         self.signal = self.noise = self.worst = 0.0
         self.agreeing = self.judged = 0
 
-    def add(self, expected: Any, got: Any, mask: Array | None = None) -> None:
-        """Add one batch, at the tokens of ``mask`` if it has tokens.
+    def add(self, expected: Any, got: Any, mask: Array | None = None, samples: int = 1) -> None:
+        """Add one batch of so many ``samples``, at the tokens of ``mask`` if it has tokens.
 
         Raises ``OutputError`` on another shape, or NaN/Inf in ``got`` alone.
         """
@@ -125,8 +126,13 @@ class Sums:
                 f"expected {list(expected.shape)} as in the float model; please report this"
             )
         self.floating = expected.dtype.kind == "f"
-        self._add_error(without_padding(expected, mask), without_padding(got, mask))
+        rows = without_padding(expected, mask), without_padding(got, mask)
+        self._add_error(*rows)
         self._add_agreement(expected, got)
+        self._add_samples(zero_padding(expected, mask), zero_padding(got, mask), samples)
+
+    def _add_samples(self, expected: Array, got: Array, samples: int) -> None:
+        """Take in what is told of each sample, with padded tokens 0; here nothing is."""
 
     def _add_error(self, expected: Array, got: Array) -> None:
         finite, sound = np.isfinite(expected), np.isfinite(got)
@@ -169,6 +175,33 @@ class OutputSums(Sums):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._details = Details()
+        self._powers: list[Array] = []
+
+    def _add_samples(self, expected: Array, got: Array, samples: int) -> None:
+        if not self.floating:
+            return
+        whole = expected.ndim > 0 and len(expected) % samples == 0
+        shape = (samples if whole and expected.size else 1, -1)
+        reference = np.where(np.isfinite(expected), expected, 0).astype(np.float64)
+        error = np.where(np.isfinite(expected), got, 0) - reference
+        powers = [np.square(values).reshape(shape).sum(1) for values in (reference, error)]
+        self._powers.append(np.stack(powers))
+
+    @property
+    def sqnr_error_db(self) -> float | None:
+        """The standard error of the SQNR in dB; ``None`` of a single sample, and without noise.
+
+        To first order, ``log Σ s - log Σ n`` over samples has that of the mean of
+        ``s / mean(s) - n / mean(n)``.
+        """
+        powers = np.concatenate([np.empty((2, 0)), *self._powers], 1)
+        count = powers.shape[1]
+        if count < 2 or not powers.any(1).all():
+            return None
+        means = powers.mean(1, keepdims=True)
+        signal, noise = powers / means
+        deviation = float(np.std(signal - noise, ddof=1))
+        return 10 / math.log(10) * deviation / math.sqrt(count)
 
     def _add_finite(self, expected: Array, got: Array) -> None:
         super()._add_finite(expected, got)
@@ -180,6 +213,7 @@ class OutputSums(Sums):
         found = OutputComparison(
             name=self.name,
             sqnr_db=self.sqnr_db if self.floating else None,
+            sqnr_error_db=self.sqnr_error_db,
             max_abs_error=self.worst,
             agreeing=self.agreeing,
             judged=self.judged,

@@ -41,7 +41,8 @@ class OutputComparison:
 
     ``sqnr_db`` is ``10 log10(Σ float² / Σ (float - quantised)²)`` over all
     elements that are finite in the float model: ``inf`` if they are equal,
-    ``None`` for an output of integers. ``judged`` counts what ``agreeing`` was
+    ``None`` for an output of integers, and ``sqnr_error_db`` its standard error: by so much
+    that of other samples may differ. ``judged`` counts what ``agreeing`` was
     counted over: samples of an output that looks like class scores (float, rank
     2, more than one column; top-1), elements of an output of integers
     (equality), and 0 for any other.
@@ -55,6 +56,7 @@ class OutputComparison:
 
     name: str
     sqnr_db: float | None
+    sqnr_error_db: float | None = None
     max_abs_error: float
     agreeing: int = 0
     judged: int = 0

@@ -107,7 +107,12 @@ def result() -> QuantizeResult:
             basis="calibration",
             outputs=(
                 OutputComparison(
-                    name="logits", sqnr_db=31.25, max_abs_error=0.5, agreeing=255, judged=256,
+                    name="logits",
+                    sqnr_db=31.25,
+                    sqnr_error_db=0.25,
+                    max_abs_error=0.5,
+                    agreeing=255,
+                    judged=256,
                     worst_slices=(WorstSlice(axis=1, index=3, sqnr_db=17.5),),
                     correlation=0.999,
                     frozen=0.25,

@@ -69,8 +69,14 @@ def test_the_report_holds_every_figure(result: QuantizeResult) -> None:
     assert report["layers"][1]["in_float_because"] == "its bias is float"
     assert report["samples"] == {"fitted": 100, "judged": 256, "held_out_share": 0.0}
     assert report["activations"] == [
-        {"tensor": tensor, "bits": 8, "signed": False, "range": [-0.5, 31.375],
-         "observed": observed, "shares_range_of": shares}
+        {
+            "tensor": tensor,
+            "bits": 8,
+            "signed": False,
+            "range": [-0.5, 31.375],
+            "observed": observed,
+            "shares_range_of": shares,
+        }
         for tensor, observed, shares in (("x", [-0.5, 30.0], None), ("flat", None, "x"))
     ]
     assert report["check"]["integer_share"] == 0.75
@@ -90,6 +96,7 @@ def test_the_report_holds_the_verification_with_what_follows(result: QuantizeRes
     assert found["outputs"][0] == {
         "name": "logits",
         "sqnr_db": 31.25,
+        "sqnr_error_db": 0.25,
         "max_abs_error": 0.5,
         "agreeing": 255,
         "judged": 256,
@@ -97,9 +104,7 @@ def test_the_report_holds_the_verification_with_what_follows(result: QuantizeRes
         "worst_slices": [{"axis": 1, "index": 3, "sqnr_db": 17.5}],
         "correlation": 0.999,
         "frozen": 0.25,
-        "lost_extreme": {
-            "axis": 1, "index": 2, "kept": 0.125, "expected": 0.875, "got": 0.109375
-        },
+        "lost_extreme": {"axis": 1, "index": 2, "kept": 0.125, "expected": 0.875, "got": 0.109375},
         "collapsed": "its SQNR is low",
     }
     assert (found["basis"], found["held_out"]) == ("calibration", False)
@@ -148,7 +153,12 @@ def test_a_report_that_cannot_be_written_is_an_output_error(
 def test_the_console_compares(result: QuantizeResult) -> None:
     printed = text(console(result, output=Path("out.onnx"), verbose=False))
     assert row(printed, "top-1 (200 samples)") == ["95.00%", "93.50%", "-1.50", "points"]
-    assert row(printed, "logits: SQNR (256 samples it was fitted to)") == ["31.25", "dB"]
+    assert row(printed, "logits: SQNR (256 samples it was fitted to)") == [
+        "31.25",
+        "±",
+        "0.25",
+        "dB",
+    ]
     assert row(printed, "logits: top-1 agrees") == ["99.61%"]
     assert row(printed, "aux: SQNR (256 samples it was fitted to)") == ["exact"]
     assert row(printed, "logits: SQNR of slice 3 of axis 1, the worst") == ["17.50", "dB"]

@@ -395,17 +395,25 @@ def test_sums_do_not_depend_on_how_samples_are_batched(
     expected = rng.normal(size=(sum(lengths), columns)).astype(np.float32)
     got = (expected + 0.1 * rng.normal(size=expected.shape)).astype(np.float32)
     whole, parts = OutputSums("y"), OutputSums("y")
-    whole.add(expected, got)
+    whole.add(expected, got, None, len(expected))
     start = 0
     for length in lengths:
-        parts.add(expected[start : start + length], got[start : start + length])
+        rows = slice(start, start + length)
+        parts.add(expected[rows], got[rows], None, length)
         start += length
     one, many = whole.result(), parts.result()
     assert many.sqnr_db == pytest.approx(one.sqnr_db, rel=1e-9)
+    assert (many.sqnr_error_db or 0.0) == pytest.approx(one.sqnr_error_db or 0.0, rel=1e-9)
     assert (many.correlation or 0.0) == pytest.approx(one.correlation or 0.0, abs=1e-6)
     assert (many.collapsed is None) == (one.collapsed is None)
     assert len(many.worst_slices) == len(one.worst_slices)
-    summed = {"sqnr_db": None, "correlation": None, "worst_slices": (), "collapsed": None}
+    summed = {
+        "sqnr_db": None,
+        "sqnr_error_db": None,
+        "correlation": None,
+        "worst_slices": (),
+        "collapsed": None,
+    }
     assert replace(many, **summed) == replace(one, **summed)
 
 
@@ -469,3 +477,29 @@ def test_a_gate_that_cannot_be_judged_is_missed() -> None:
         check_gates(found, QuantConfig(min_sqnr=5))
     with pytest.raises(GateError, match="`max_drop` 5 cannot be judged"):
         check_gates(found, QuantConfig(max_drop=5))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_standard_error_is_how_much_the_sqnr_of_other_samples_differs(masked: bool) -> None:
+    rng = np.random.default_rng(3)
+
+    def sums(samples: int) -> OutputSums:
+        found = OutputSums("y")
+        for _ in range(samples // 4):
+            expected = rng.normal(size=(4, 6, 5)) * rng.gamma(1.0, size=(4, 1, 1))
+            got = expected + rng.normal(size=expected.shape) * rng.gamma(0.5, size=(4, 1, 1))
+            found.add(expected, got, rng.random((4, 6)) < 0.7 if masked else None, 4)
+        return found
+
+    told = [sums(80) for _ in range(200)]
+    spread = np.std([each.sqnr_db for each in told])
+    assert np.mean([each.sqnr_error_db for each in told]) == pytest.approx(spread, rel=0.3)
+
+
+def test_a_single_sample_and_an_exact_output_have_no_standard_error() -> None:
+    x = np.arange(6.0).reshape(2, 3) + 1
+    single, exact = OutputSums("y"), OutputSums("y")
+    single.add(x[:1], x[:1] + 0.1, None, 1)
+    exact.add(x, x, None, 2)
+    assert single.sqnr_error_db is None
+    assert exact.sqnr_error_db is None
