@@ -6,8 +6,9 @@ JSON schema and ``docs/config.md`` follow from the fields of :class:`QuantConfig
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -22,10 +23,12 @@ from pydantic import (
     ValidationInfo,
     field_serializer,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from onnx_attnround.errors import ConfigError
+from onnx_attnround.presets import Preset, expanded
 from onnx_attnround.targets import (
     TARGETS,
     BlockSize,
@@ -83,6 +86,13 @@ class QuantConfig(Settings):
         _METHOD,
         "ort",
         f"The runtime to write for: {', '.join(TARGETS)}, or a TOML file that describes one",
+    )
+    preset: Preset | None = _key(
+        _BITS,
+        None,
+        "Bits by one name: w8a8, w4a8, w4a16 (weights, activations), mixed4 (`mean_bits` 4), fast "
+        "(8 bits, the first layers too), small (4 bits, the first and last layers and embeddings "
+        "too); other settings win",
     )
     weight_bits: Bits = _key(_BITS, 8, "Bits of the weights, 2 to 8")
     act_bits: Annotated[ActBits, _WHOLE] = _key(
@@ -222,6 +232,11 @@ class QuantConfig(Settings):
         "extreme that is cut off, or by a lost correlation with the float model",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        return expanded(values) if isinstance(values, dict) else values
+
     @field_validator("target")
     @classmethod
     def _known_target(cls, value: str | Target) -> str | Target:
@@ -311,7 +326,7 @@ class QuantConfig(Settings):
             )
         if isinstance(given, QuantConfig) and not settings:
             return given
-        return cls.parse({**dict(given or {}), **settings})
+        return cls.parse({**dict(given or {}), **expanded(settings)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,17 +388,43 @@ def _leaf(annotation: Any) -> Any:
     return annotation
 
 
+PYPROJECT = "pyproject.toml"
+TABLE = "onnx-attnround"
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file, not yet validated; raises ``ConfigError``."""
-    return read_toml(path, "config")
+    """The keys of a TOML file, ``-`` in them read as ``_``; not yet validated.
+
+    Of a ``pyproject.toml`` these are those of ``[tool.onnx-attnround]``. Raises ``ConfigError``.
+    """
+    read = read_toml(path, "config")
+    if path.name == PYPROJECT:
+        read = read.get("tool", {}).get(TABLE, {})
+    keys: dict[str, Any] = {}
+    for given, value in read.items():
+        key = given.replace("-", "_")
+        if key in keys:
+            raise ConfigError(f"config '{path}': '{key}' is given twice, with - and with _")
+        keys[key] = value
+    return keys
+
+
+def unknown(noun: str, key: str, known: Iterable[str], quote: str = "`") -> str:
+    """What is said of a key that there is not: the one that it resembles, and all."""
+    known = list(known)
+    near = difflib.get_close_matches(key.replace("-", "_"), known, 1, _NEAR)
+    meant = f"did you mean {quote}{near[0]}{quote}? " if near else ""
+    return f"unknown {noun} {quote}{key}{quote}: {meant}expected one of {', '.join(known)}"
+
+
+_NEAR = 0.55  # of 1, which is equal: "evaluation" is meant to be near "eval"
 
 
 def _first_mistake(error: ValidationError, settings: type[Settings]) -> str:
     first = error.errors()[0]
     key, *within = first["loc"] or ("",)
     if first["type"] == "extra_forbidden":
-        known = ", ".join(settings.model_fields)
-        return f"unknown {settings.noun} `{key}`: expected one of {known}"
+        return unknown(settings.noun, str(key), settings.model_fields)
     message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if not key:
         return message

@@ -6,6 +6,7 @@ A target is a literal of ``TARGETS``, or a TOML file with the fields of
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -232,8 +233,11 @@ def get_target(choice: str | Target) -> Target:
     if choice.endswith(".toml"):
         return _read(Path(choice))
     if choice not in TARGETS:
+        near = difflib.get_close_matches(choice, TARGETS, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"unknown target '{choice}': expected one of {', '.join(TARGETS)}, or a .toml file"
+            f"unknown target '{choice}': {meant}expected one of {', '.join(TARGETS)}, or a .toml "
+            "file"
         )
     return TARGETS[choice]
 

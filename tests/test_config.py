@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx.defs
 import pytest
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from onnx_attnround.config import QuantConfig, read_config
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.presets import PRESETS, Preset
 from onnx_attnround.targets import TARGETS, get_target
 
 
@@ -201,3 +203,28 @@ def test_settings_that_change_nothing_are_told(values: dict[str, Any], idle: lis
     lines = QuantConfig.parse(values).idle()
     assert [line.split("`")[1] for line in lines] == idle
     assert all("has no effect" in line for line in lines)
+
+
+# --- presets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_settings_it_stands_for_and_yields_to_any(name: str) -> None:
+    config = QuantConfig.parse({"preset": name})
+    assert config.model_copy(update={"preset": None}) == QuantConfig(**PRESETS[name])
+    assert QuantConfig.parse(config.model_dump()) == config
+    assert QuantConfig.parse({"preset": name, "act_bits": 16}).act_bits == 16
+    assert QuantConfig.of({"weight_bits": 3, "seed": 1}, preset=name).seed == 1
+
+
+def test_the_names_of_presets_are_known_and_bits_are_as_they_say() -> None:
+    assert set(get_args(Preset)) == set(PRESETS)
+    for name, settings in PRESETS.items():
+        if found := re.fullmatch(r"w(\d+)a(\d+)", name):
+            assert settings == {"weight_bits": int(found[1]), "act_bits": int(found[2])}
+    assert QuantConfig.of(QuantConfig(weight_bits=8), preset="w4a8").weight_bits == 4
+
+
+def test_a_key_that_is_nearly_known_is_named() -> None:
+    message = refused(weigth_bits=4)
+    assert message.startswith("unknown option `weigth_bits`: did you mean `weight_bits`? expected")

@@ -17,10 +17,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A folder, or a module beside the folders, imports only from those of a lower level.
 _NAMES = (
     "errors version",
-    "targets",
+    "targets presets",
     "records config",
     "ops graph samples",
-    "qdq runtime",
+    "qdq runtime run_file",
     "simplify plan calibrate rounding shadow check",
     "checkpoint smooth verify",
     "reconstruct report",

@@ -16,7 +16,8 @@ from typer.main import get_command
 from onnx_attnround import QuantConfig
 from onnx_attnround.__main__ import main
 from onnx_attnround.calibrate import OBSERVERS
-from onnx_attnround.cli.options import Request, app
+from onnx_attnround.cli.commands import COMMANDS, app
+from onnx_attnround.cli.options import Request
 from onnx_attnround.samples.preprocess import PREPROCESS, Preprocess
 from onnx_attnround.targets import TARGETS, tomllib
 
@@ -39,7 +40,9 @@ def commands() -> list[list[str]]:
 
 def options() -> set[str]:
     """All that the command line understands."""
-    return {name for parameter in get_command(app).params for name in parameter.opts}
+    group = get_command(app)
+    known = [*group.params, *(each for name in COMMANDS for each in group.commands[name].params)]
+    return {"--check", "--dry-run", *(name for parameter in known for name in parameter.opts)}
 
 
 def test_the_first_commands_are_two() -> None:
@@ -66,7 +69,7 @@ def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path:
     seen: list[QuantConfig] = []
 
     def run(request: Request, from_file: dict[str, Any]) -> None:
-        seen.append(request.config(from_file)[0])
+        seen.append(request.settled(from_file)[0])
 
     monkeypatch.setattr("onnx_attnround.cli.main.run", run)
     monkeypatch.chdir(tmp_path)
@@ -81,7 +84,7 @@ def test_options_exist(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if "pip install" not in line)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
-    known = options() | {"--help"}
+    known = options() | {"--help", "--install-completion"}
     if path.parent.name == "docs":  # where the tools of this repository are spoken of
         for tool in (ROOT / "tools").glob("*.py"):
             known |= set(re.findall(r'"(--[a-z-]+)"', tool.read_text(encoding="utf-8")))

@@ -2,7 +2,7 @@
 
     python tools/describe_config.py
 
-Both follow from the fields of ``QuantConfig`` and their descriptions.
+Both follow from the fields of ``QuantConfig`` and ``RunFiles`` and their descriptions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from onnx_attnround.cli.wording import option
 from onnx_attnround.config import SECTIONS, QuantConfig, settings
+from onnx_attnround.run_file import RunFiles
+from onnx_attnround.run_file import described as described_files
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -20,8 +22,25 @@ HEAD = """# Settings
 
 Each is a key of a config file (`--config FILE.toml`), a keyword of `QuantConfig`, `quantize`,
 `make_plan`, `check_model` and `trade_off` in Python, and an option of the command line. Options win
-over the file, keywords over a `config`. There is a [JSON schema](config.schema.json) of it for
-editors. `python tools/describe_config.py` writes both from the source.
+over the file, keywords over a `config`; a preset yields to all settings that are given beside it.
+Keys may be written with `-` for `_`. Without `--config`, the table `[tool.onnx-attnround]` of the
+nearest `pyproject.toml`, in this folder or one above, is read. There is a
+[JSON schema](config.schema.json) of it for editors. `python tools/describe_config.py` writes both
+from the source.
+
+With what a run reads and writes in it too, a config file is a whole run, `onnx-attnround quantize
+--config run.toml`. Paths in a file start from the folder of the file:
+
+```toml
+model = "in.onnx"
+output = "out.onnx"
+calib = "samples.npz"
+eval = "labelled.npz"
+preprocess = "imagenet"    # or a table of its keys, [preprocess]
+report = ["report.html", "report.json"]
+preset = "mixed4"
+max-drop = 0.5
+```
 """
 
 
@@ -36,7 +55,7 @@ def described() -> dict[str, str]:
     schema = schema_of_files()
     sections = [_section(name, schema["properties"]) for name in SECTIONS]
     return {
-        "config.md": "\n".join([HEAD, *sections]),
+        "config.md": "\n".join([HEAD, _files(), *sections]),
         "config.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
     }
 
@@ -52,7 +71,27 @@ def schema_of_files() -> dict[str, Any]:
     number = next(kind for kind in means if kind["type"] == "number")
     means.append({"type": "array", "items": number, "minItems": 1})
     properties["memory_limit"]["anyOf"].append({"type": "string"})
+    files = RunFiles.model_json_schema()["properties"]
+    files["report"] = {**files["report"], "anyOf": [{"type": "string"}, _of_paths(files["report"])]}
+    for key in ("type", "items"):
+        del files["report"][key]
+    schema["properties"] = {**files, **properties}
     return schema
+
+
+def _of_paths(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: report[key] for key in ("type", "items")}
+
+
+def _files() -> str:
+    """The table of what is no setting."""
+    lines = ["## What a run reads and writes\n", "| Key | In place of | |", "|---|---|---|"]
+    places = {"model": "IN", "output": "OUT"}
+    lines += [
+        f"| `{key}` | `{places.get(key, option(key))}` | {description} |"
+        for key, description in described_files()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _section(name: str, schema: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from onnx_attnround.errors import ModelError
 from onnx_attnround.records import Array
 from onnx_attnround.targets import Runtime, Target
 
-__all__ = ["RULES", "UNPACKING_OP", "Checked", "Finding", "Fusion", "Rule", "check"]
+__all__ = ["RULES", "UNPACKING_OP", "Checked", "Finding", "Fusion", "Rule", "check", "findings"]
 
 DOES_NOT_LOAD = "does-not-load"
 
@@ -81,6 +81,11 @@ class Checked:
         )
 
 
+def findings(view: View) -> tuple[Finding, ...]:
+    """The rules of the view's target that its model breaks; nothing is run."""
+    return apply(RULES[view.target.runtime], view)
+
+
 def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = None) -> Checked:
     """Check a QDQ ``model`` against the rules of ``target``, and run it where its runtime is.
 
@@ -88,7 +93,7 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
     shapes are known but for the batch.
     """
     view = View(model, target)
-    findings = apply(RULES[target.runtime], view)
+    found = findings(view)
     runs = target.runtime == "onnxruntime" or (
         target.runtime == "openvino" and openvino_session.available()
     )
@@ -96,18 +101,18 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
         fusion = find_fusion(view)
     except ModelError as error:
         runs, fusion = False, expected_fusion(view)
-        findings += (Finding(rule=DOES_NOT_LOAD, node="(model)", why=str(error), refused=True),)
+        found += (Finding(rule=DOES_NOT_LOAD, node="(model)", why=str(error), refused=True),)
     given = feed or made_up_feed(model)
     if runs and given is not None:
-        findings += tuple(find_faults(view, given))
-    ran = runs and given is not None and all(finding.rule != DOES_NOT_RUN for finding in findings)
-    if not ran and any(finding.refused for finding in findings):
+        found += tuple(find_faults(view, given))
+    ran = runs and given is not None and all(finding.rule != DOES_NOT_RUN for finding in found)
+    if not ran and any(finding.refused for finding in found):
         fusion = refused_fusion(fusion)
     return Checked(
         target=target.name,
-        findings=tuple(sorted(findings, key=lambda finding: not finding.refused)),
+        findings=tuple(sorted(found, key=lambda finding: not finding.refused)),
         fusion=fusion,
         oldest_onnxruntime=oldest_onnxruntime(view),
         ran=ran,
-        fits_int16=fits_int16(view, findings),
+        fits_int16=fits_int16(view, found),
     )

@@ -1,4 +1,4 @@
-"""The command line: ``python -m onnx_attnround IN.onnx OUT.onnx --calib PATH``.
+"""The command line: ``python -m onnx_attnround quantize IN.onnx OUT.onnx --calib PATH``.
 
 Standard output carries the result, standard error the progress and the errors.
 Here is the process around a run: its signals, its errors in one line, its exit codes.
@@ -21,12 +21,13 @@ from typing import Any
 
 import typer
 
-from onnx_attnround.cli.options import Request, app
+from onnx_attnround.cli.commands import PROGRAM, app, with_command
+from onnx_attnround.cli.formats import annotation
+from onnx_attnround.cli.options import Format, Request
 from onnx_attnround.cli.run import run
 from onnx_attnround.cli.wording import worded
 from onnx_attnround.errors import AttnRoundError, ConfigError
 
-PROGRAM = "onnx-attnround"
 SIGNALLED = 128  # plus the signal's number, as shells have it
 GRACE = 1.0  # seconds in which a signal that is sent again does not disturb the cleaning up
 
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Looking for garbage among all that torch and onnx define is slow, and little of it is found.
     gc.set_threshold(100_000)
     try:
-        parsed = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        parsed = app(with_command(given), prog_name=PROGRAM, standalone_mode=False)
+    except ConfigError as error:
+        return _fail(f"{error} (try --help)", error.exit_code)
     except Exception as error:
         # typer has no public base class of its usage errors; they alone word themselves.
         if not hasattr(error, "format_message"):
@@ -47,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # After --help or --version there is an exit code, and nothing to run.
     if not isinstance(parsed, Request):
         return int(parsed or 0)
-    given = sys.argv[1:] if arguments is None else arguments
     return _exit_code(replace(parsed, line=shlex.join([PROGRAM, *given])))
 
 
@@ -56,10 +59,12 @@ def _exit_code(request: Request) -> int:
     from_file: dict[str, Any] = {}
     try:
         with _signals_raise():
-            from_file = request.from_file()
+            request, from_file = request.with_file()
             run(request, from_file)
     except (Exception, KeyboardInterrupt) as error:
         message, code = _told(error)
+        if request.options.format is Format.github:
+            typer.echo(annotation("error", worded(message, from_file)), nl=False)
         _fail(worded(message, from_file), code)
         if request.options.verbose:
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""The options of the command line: what a run reads and writes, and one for each config key.
+"""The options of the commands: what a run reads and writes, and one for each config key.
 
 Both are declared once, as fields: those of :class:`Options` here, those of the config
 with their descriptions in ``config.py``. What is slow to import is imported when it is
@@ -8,49 +8,41 @@ needed, so that ``--help`` is quick.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from onnx_attnround.cli.wording import option, worded
-from onnx_attnround.config import SECTIONS, QuantConfig, Setting, read_config, settings
+from onnx_attnround.config import SECTIONS, QuantConfig, Setting, settings
 from onnx_attnround.errors import ConfigError
-from onnx_attnround.version import version
-
-EPILOG = "\n\n".join((
-    "Examples:",
-    "onnx-attnround in.onnx out.onnx --calib samples.npz",
-    "onnx-attnround in.onnx out.onnx --calib photos/ --preprocess imagenet",
-    "onnx-attnround in.onnx out.onnx --calib c.npz --mean-bits 4 --min-sqnr 20",
-    "onnx-attnround in.onnx out.onnx --calib c.npz --mean-bits 3,4,6",
-    "onnx-attnround in.onnx --weight-bits 4 --exclude '/head/*' --dry-run",
-    "onnx-attnround --check quantised.onnx --target tensorrt",
-    "Exit codes: 0 done, 1 failed, 2 usage, 3 gate missed, 130 interrupted.",
-))  # fmt: skip
+from onnx_attnround.presets import expanded
+from onnx_attnround.run_file import RunFile, find_run, read_run
+from onnx_attnround.targets import TARGETS
 
 _SAMPLES, _RUN = SECTIONS[0], SECTIONS[-1]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+class Format(str, Enum):
+    """How a result is printed: for people, for programs, for the log of a GitHub workflow."""
+
+    text = "text"
+    json = "json"
+    github = "github"
 
 
 def _option(panel: str, help: str, *names: str, **rest: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"onnx-attnround {version()}")
-        raise typer.Exit
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What a run reads, writes and prints: all that the config does not hold."""
 
-    model: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to quantise.")]
+    model: Annotated[Path | None, typer.Argument(metavar="IN", help="The ONNX model.")] = None
     output: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="Where the quantised model goes.")
     ] = None
@@ -64,11 +56,12 @@ class Options:
         ),
     ] = None
     preprocess: Annotated[
-        str | None,
+        Any,
         _option(
             _SAMPLES,
             "How images become inputs: imagenet, cifar10, unit, tf, or a TOML file.",
             metavar="NAME|FILE",
+            parser=str,
         ),
     ] = None
     evaluation: Annotated[
@@ -82,27 +75,12 @@ class Options:
     config: Annotated[
         Path | None,
         _option(
-            _RUN, "TOML file of settings, named as here with _ for -; options given here win."
+            _RUN,
+            "TOML file of settings, and of model, output, calib, eval, preprocess and report; "
+            "options given here win. Without: [tool.onnx-attnround] of the nearest "
+            "pyproject.toml.",
         ),
     ] = None
-    dry_run: Annotated[
-        bool,
-        _option(
-            _RUN,
-            "Print what would be quantised, and judge the samples given; write nothing.",
-            "--dry-run",
-        ),
-    ] = False
-    check: Annotated[
-        bool,
-        _option(
-            _RUN,
-            "Check the quantised model IN against the rules of --target, run it on --calib "
-            "or noise where its runtime is installed, and list what breaks or does not fuse; "
-            "exit code 1 if it is refused.",
-            "--check",
-        ),
-    ] = False
     report: Annotated[
         list[Path] | None,
         _option(
@@ -111,14 +89,14 @@ class Options:
             ".xml (JUnit); repeatable.",
         ),
     ] = None
+    format: Annotated[
+        Format,
+        _option(_RUN, "Print for people, as JSON, or with annotations of a GitHub workflow."),
+    ] = Format.text
     quiet: Annotated[bool, _option(_RUN, "Print errors only.", "--quiet", "-q")] = False
     verbose: Annotated[
         bool,
         _option(_RUN, "Also print every layer, and tracebacks of errors.", "--verbose", "-v"),
-    ] = False
-    version: Annotated[
-        bool,
-        _option(_RUN, "Print the version.", "--version", callback=_show_version, is_eager=True),
     ] = False
 
 
@@ -126,33 +104,53 @@ class Options:
 class Request:
     """What the command line holds: its options, and keys of the config, as text or flags.
 
-    ``names`` are the parameters that were given, options as ``--name``; ``line`` is all of it, as
-    a shell takes it.
+    ``command`` is what to do, ``line`` is all of it, as a shell takes it.
     """
 
+    command: str
     options: Options
-    settings: Mapping[str, str | list[str] | bool]
-    names: frozenset[str]
+    settings: Mapping[str, str | list[str] | bool] = field(default_factory=dict)
     line: str = ""
 
-    def from_file(self) -> dict[str, Any]:
-        """The keys of the config file that no option overrides."""
-        if self.options.config is None:
-            return {}
-        read = read_config(self.options.config)
-        return {key: value for key, value in read.items() if key not in self.settings}
+    def with_file(self) -> tuple[Request, dict[str, Any]]:
+        """The request with the files that its config names, and the settings there.
 
-    def config(self, from_file: Mapping[str, Any]) -> tuple[QuantConfig, tuple[Any, ...]]:
+        What the command line gives wins. Raises ``ConfigError``.
+        """
+        given = self.options
+        found = find_run() if given.config is None else read_run(given.config)
+        read = _named_by(found)
+        own = {name: value for name, value in read.items() if not getattr(given, name)}
+        left = {key: each for key, each in found.settings.items() if key not in self.settings}
+        return replace(self, options=replace(given, **own)), left
+
+    def settled(self, from_file: Mapping[str, Any]) -> tuple[QuantConfig, tuple[Any, ...]]:
         """All settings together, and where there are several mean bits all of them.
 
-        The config has the first. Raises ``ConfigError``.
+        The config has the first. A preset that is given here goes before the settings of the
+        file. Raises ``ConfigError``.
         """
-        chosen = {**from_file, **{key: _value(key, text) for key, text in self.settings.items()}}
+        given = {key: _value(key, text) for key, text in self.settings.items()}
+        chosen = {**expanded(from_file), **expanded(given)}
         means = chosen.get("mean_bits")
         if not isinstance(means, list) or not means:
             return QuantConfig.parse(chosen), ()
         chosen["mean_bits"] = means[0]
         return QuantConfig.parse(chosen), tuple(means) if len(means) > 1 else ()
+
+
+def _named_by(found: RunFile) -> dict[str, Any]:
+    """The files that a config names, by the names that they have among the options."""
+    files = found.files
+    return {
+        "model": files.model,
+        "output": files.output,
+        "calib": files.calib,
+        "evaluation": files.eval,
+        "preprocess": files.preprocess,
+        "report": list(files.report) or None,
+        "config": found.path,
+    }
 
 
 def _value(key: str, text: str | list[str] | bool) -> Any:
@@ -174,36 +172,44 @@ def _named_bits(key: str, text: str) -> tuple[str, str]:
     return name, bits
 
 
-@app.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-def command(ctx: typer.Context, **given: Any) -> Request:
-    """Quantise the ONNX model IN after training, and write it to OUT with Q/DQ nodes."""
-    own = {field.name for field in fields(Options)}
-    sources = {p.opts[0]: ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
-    here = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    return Request(
-        options=Options(**{name: given[name] for name in own}),
-        settings={key: text for key, text in given.items() if key not in own and text},
-        names=frozenset(here),
-    )
+def function_of(
+    name: str, options: Collection[str], keys: Collection[str] | None, **defaults: Any
+) -> Callable[..., Request]:
+    """The function that typer makes the command ``name`` of; it returns the :class:`Request`.
 
-
-def _signature() -> inspect.Signature:
-    """What ``command`` takes, in the order of the panels that ``--help`` shows."""
+    It takes some of the :class:`Options`, the others having their defaults, and the settings
+    ``keys``, by default all.
+    """
     hints = get_type_hints(Options, include_extras=True)
-    declared = [(field.name, hints[field.name], field.default) for field in fields(Options)]
-    declared += [(setting.key, _declared(setting), None) for setting in settings()]
-    in_panels = sorted(declared, key=lambda one: _panel(one[1]))
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=annotation,
-            default=inspect.Parameter.empty if default is MISSING else default,
-        )
-        for name, annotation, default in in_panels
+    declared = [
+        (each.name, hints[each.name], each.default)
+        for each in fields(Options)
+        if each.name in options
     ]
-    context, _ = inspect.signature(command).parameters.values()
-    return inspect.Signature([context, *parameters])
+    declared += [
+        (each.key, _declared(each), None)
+        for each in settings()
+        if keys is None or each.key in keys
+    ]
+
+    def command(**given: Any) -> Request:
+        own = {key: value for key, value in given.items() if key in options}
+        rest = {key: text for key, text in given.items() if key not in own and text}
+        return Request(command=name, options=Options(**{**defaults, **own}), settings=rest)
+
+    # typer reads the options from the signature: it is made of the declarations above.
+    command.__signature__ = _signature(declared)  # type: ignore[attr-defined]
+    return command
+
+
+def _signature(declared: Iterable[tuple[str, Any, Any]]) -> inspect.Signature:
+    """What a command takes, in the order of the panels that ``--help`` shows."""
+    return inspect.Signature([
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+        )
+        for name, annotation, default in sorted(declared, key=lambda one: _panel(one[1]))
+    ])  # fmt: skip
 
 
 def _panel(annotation: Any) -> int:
@@ -221,8 +227,15 @@ def _declared(setting: Setting) -> Any:
     if setting.flag:
         return Annotated[bool | None, _option(setting.section, told, name)]
     text = list[str] if setting.repeatable else str
-    return Annotated[text | None, _option(setting.section, told, name, metavar=setting.kind)]
+    known = tuple(TARGETS) if setting.key == "target" else setting.choices
+    rest = {"metavar": setting.kind, "autocompletion": _beginning(known)}
+    return Annotated[text | None, _option(setting.section, told, name, **rest)]
 
 
-# typer reads the options from the signature: it is made of the declarations above.
-command.__signature__ = _signature()  # type: ignore[attr-defined]
+def _beginning(known: Collection[str]) -> Callable[[str], list[str]]:
+    """What a shell is told of the values that begin like what is typed."""
+
+    def offered(incomplete: str) -> list[str]:
+        return [value for value in known if value.startswith(incomplete)]
+
+    return offered

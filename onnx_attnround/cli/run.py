@@ -5,20 +5,17 @@ What is slow to import is imported when it is needed.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnx_attnround.cli.formats import Found, Level, remarks_of, show
 from onnx_attnround.cli.options import Options, Request
-from onnx_attnround.cli.wording import worded
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, GateError, ModelError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from onnx_attnround.cli.progress import OnEvent
     from onnx_attnround.report.forms import Record
     from onnx_attnround.report.result import Point, QuantizeResult
@@ -30,56 +27,49 @@ class Job:
     """What is to be done; ``mean_bits`` where there are several, of which the config has the first.
 
     ``line`` is the command line. ``from_file`` are the settings of the config file, which messages
-    name as that does.
+    name as that does; ``given`` are the keys of all settings that are given.
     """
 
     options: Options
+    model: Path
     line: str
     config: QuantConfig
     mean_bits: tuple[Any, ...]
     from_file: Mapping[str, Any]
+    given: frozenset[str]
 
-    def show(self, found: RenderableType) -> None:
-        """Print what was found, with settings by their names on the command line."""
-        from onnx_attnround.report.layout import console_on
-
-        console = console_on(sys.stdout)
-        with console.capture() as printed:
-            console.print(found, crop=False)
-        sys.stdout.write(worded(printed.get(), self.from_file))
-
-
-READ_BY_CHECK = frozenset(
-    {"model", "--check", "--calib", "--preprocess", "--samples", "--target"}
-    | {"--custom-op-library", "--config", "--report", "--quiet", "--verbose"}
-)
+    def show(self, found: Found) -> None:
+        """Print what was found, in the form asked for."""
+        show(found, self.options.format, self.from_file)
 
 
 def run(request: Request, from_file: Mapping[str, Any]) -> None:
     """Do what is asked for, with the settings of a file; raises the errors of ``errors.py``."""
     options = request.options
-    config, means = request.config(from_file)
+    config, means = request.settled(from_file)
+    if options.model is None:
+        raise ConfigError("IN is missing: name the model, here or as `model` in a config")
     job = Job(
-        options=options, line=request.line, config=config, mean_bits=means, from_file=from_file
+        options=options,
+        model=options.model,
+        line=request.line,
+        config=config,
+        mean_bits=means,
+        from_file=from_file,
+        given=frozenset({*from_file, *request.settings}),
     )
-    _check(job, request.names)
-    if options.check:
-        _check_model(job)
-    elif options.dry_run:
-        _dry_run(job)
-    else:
-        _quantize(job)
+    _check(job, request.command)
+    DOES[request.command](job)
 
 
-def _check(job: Job, names: frozenset[str]) -> None:
+def _check(job: Job, command: str) -> None:
     """Raise ``ConfigError`` for options that do not go together."""
     options = job.options
-    if options.check and (options.output is not None or options.dry_run):
-        raise ConfigError("--check takes IN alone and writes nothing: leave out OUT and --dry-run")
-    if options.check and (unread := sorted(names - READ_BY_CHECK)):
-        raise ConfigError(f"--check does not read {', '.join(unread)}: leave that out")
-    if options.output is None and not (options.dry_run or options.check):
-        raise ConfigError("OUT is missing: name the file to write, or give --dry-run")
+    if command == "quantize" and options.output is None:
+        raise ConfigError(
+            "OUT is missing: name the file to write, here or as `output` in a config, or take the "
+            "command plan"
+        )
     _check_reports(options)
     if options.quiet and options.verbose:
         raise ConfigError("--quiet and --verbose contradict each other: give one of them")
@@ -124,22 +114,29 @@ def _check_overwritten(options: Options, output: Path) -> None:
             raise ConfigError(f"OUT '{output}' is the file of {name}: choose another OUT")
 
 
-def _dry_run(job: Job) -> None:
+def _plan(job: Job) -> None:
     """Print the plan; raise what the run would refuse, before it if that lies in the samples."""
     from rich.console import Group
 
     from onnx_attnround.pipeline import make_plan
     from onnx_attnround.pipeline.trade_off import with_means
     from onnx_attnround.report.console import plan_tables
+    from onnx_attnround.report.document import plans_dict
 
     options, config = job.options, job.config
     given = options.calib is not None or options.evaluation is not None
     notes = _foreseen(job) if given else config.idle()
     if options.report:
-        notes.append("option `report` has no effect: a dry run measures nothing")
+        notes.append("option `report` has no effect: a plan measures nothing")
     configs = with_means(config, job.mean_bits) if job.mean_bits else [config]
-    plans = [plan_tables(*make_plan(options.model, each)) for each in configs]
-    job.show(Group(*plans, *(f"note: {note}" for note in notes)))
+    plans = [make_plan(job.model, each) for each in configs]
+    tables = [plan_tables(*each) for each in plans]
+    found = Found(
+        shown=Group(*tables, *(f"note: {note}" for note in notes)),
+        record=lambda: plans_dict(plans, notes),
+        remarks=tuple(("notice", note) for note in notes),
+    )
+    job.show(found)
     if not given:  # the plan is that of a run with samples, which may come later
         _foreseen(job)
 
@@ -150,7 +147,7 @@ def _foreseen(job: Job) -> list[str]:
 
     options = job.options
     return foresee(
-        options.model,
+        job.model,
         options.calib,
         job.config,
         outputs=_outputs(job),
@@ -170,15 +167,36 @@ def _check_model(job: Job) -> None:
     """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
     from onnx_attnround.pipeline import check_model
     from onnx_attnround.report.console import check_console
+    from onnx_attnround.report.document import check_dict
 
     options = job.options
     preprocess = _preprocess(options)
-    checked = check_model(options.model, job.config, options.calib, preprocess=preprocess)
+    checked = check_model(job.model, job.config, options.calib, preprocess=preprocess)
     _write_reports(job, checked)
+    found = Found(
+        shown=check_console(checked),
+        record=lambda: check_dict(checked),
+        remarks=tuple(remarks_of(checked)),
+    )
     if not options.quiet:
-        job.show(check_console(checked))
+        job.show(found)
     if checked.refused:
-        raise ModelError(f"'{options.model}' {checked.verdict}")
+        raise ModelError(f"'{job.model}' {checked.verdict}")
+
+
+def _inspect(job: Job) -> None:
+    """Print what is in the model, and what targets would take of it."""
+    from onnx_attnround.pipeline.inspection import inspect_model
+    from onnx_attnround.report.inspected import inspection_console, inspection_dict
+
+    targets = [job.config.target] if "target" in job.given else None
+    inspected = inspect_model(job.model, targets)
+    job.show(
+        Found(
+            shown=inspection_console(inspected, verbose=job.options.verbose),
+            record=lambda: inspection_dict(inspected),
+        )
+    )
 
 
 def _quantize(job: Job) -> None:
@@ -211,7 +229,7 @@ def _work(job: Job) -> Callable[[OnEvent], QuantizeResult | tuple[Point, ...]]:
         "evaluation": options.evaluation,
         "preprocess": _preprocess(options),
     }
-    given = (options.model, options.calib, job.config)
+    given = (job.model, options.calib, job.config)
     if not job.mean_bits:
         return lambda on_event: quantize(*given, **rest, on_event=on_event)
     means = job.mean_bits
@@ -222,16 +240,40 @@ def _tell(
     made: QuantizeResult | tuple[Point, ...], job: Job, *, output: Path | None
 ) -> None:
     """Write the report, and print what was found."""
-    from onnx_attnround.report.console import console, points_table
-
-    options = job.options
-    if isinstance(made, tuple):
-        table = points_table(made, verbose=options.verbose)
-    else:
-        table = console(made, output=output, verbose=options.verbose)
     _write_reports(job, made)
-    if not options.quiet:
-        job.show(table)
+    if not job.options.quiet:
+        job.show(_found(made, job, output))
+
+
+def _found(made: QuantizeResult | tuple[Point, ...], job: Job, output: Path | None) -> Found:
+    from onnx_attnround.report.console import console, points_table
+    from onnx_attnround.report.document import points_dict, report_dict
+
+    verbose = job.options.verbose
+    if isinstance(made, tuple):
+        remarks = [
+            (level, f"{point.config.mean_bits:g} mean bits: {told}")
+            for point in made
+            for level, told in _said(point.result)
+        ]
+        return Found(
+            shown=points_table(made, verbose=verbose),
+            record=lambda: points_dict(made),
+            remarks=tuple(remarks),
+        )
+    return Found(
+        shown=console(made, output=output, verbose=verbose),
+        record=lambda: report_dict(made),
+        remarks=tuple(_said(made)),
+    )
+
+
+def _said(made: QuantizeResult) -> Iterator[tuple[Level, str]]:
+    """What annotations say of a run: outputs that are of no use, rules that are broken, notes."""
+    if made.verification is not None:
+        yield from (("warning", each) for each in made.verification.collapsed)
+    yield from remarks_of(made.checked)
+    yield from (("notice", note) for note in made.notes)
 
 
 def _write_reports(job: Job, record: Record) -> None:
@@ -242,3 +284,12 @@ def _write_reports(job: Job, record: Record) -> None:
 
     for path in job.options.report:
         write_report(path, record, job.line)
+
+
+DOES: Mapping[str, Callable[[Job], None]] = {
+    "quantize": _quantize,
+    "plan": _plan,
+    "check": _check_model,
+    "inspect": _inspect,
+}
+"""What each command does."""

@@ -17,7 +17,7 @@ _OTHERS = {
     "evaluation": "--eval",
     "preprocess": "--preprocess",
     "report": "--report",
-    "make_plan": "--dry-run",
+    "make_plan": "the command plan",
 }
 
 

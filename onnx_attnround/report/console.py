@@ -54,7 +54,7 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
 
 
 def check_console(checked: Checked) -> RenderableType:
-    """What ``--check`` prints: the findings, what runs in integer, and whether it is sound."""
+    """What check prints: the findings, what runs in integer, and whether it is sound."""
     parts: list[RenderableType] = [tables.findings(checked)] if checked.findings else []
     if checked.refused and not checked.ran:
         parts.append(f"no layer runs: target '{checked.target}' refuses the file")
@@ -87,7 +87,7 @@ def points_table(points: Sequence[Point], *, verbose: bool) -> RenderableType:
 
 
 def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
-    """What ``--dry-run`` prints: the layers with their bits, and what stays float and why."""
+    """What plan prints: the layers with their bits, and what stays float and why."""
     weights = sum(layer.parameters for layer in plan.layers)
     summary = (
         f"layers: {len(plan.layers)}, weights: {weights:,}, "

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from onnx_attnround.check import Checked
 from onnx_attnround.qdq.arithmetic import range_of
-from onnx_attnround.records import LayerPlan, QuantParams
+from onnx_attnround.records import BitAllocation, LayerPlan, QuantParams, QuantPlan
 from onnx_attnround.report.result import Point, QuantizeResult
 from onnx_attnround.verify import Verification
 from onnx_attnround.version import version
@@ -73,6 +73,42 @@ def points_dict(points: Sequence[Point]) -> dict[str, Any]:
     }
 
 
+def plans_dict(
+    plans: Sequence[tuple[QuantPlan, BitAllocation]], notes: Sequence[str]
+) -> dict[str, Any]:
+    """What would be quantised, once for each of several mean bits, and what is noted of it."""
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "plans": [
+            {
+                "target": plan.target.name,
+                "mean_bits": _finite(allocation.mean_bits),
+                "layers": [_planned(layer, allocation) for layer in plan.layers],
+                "activations": {name: spec.bits for name, spec in plan.activations.items()},
+                "tables": dict(plan.tables),
+                "skipped": dict(plan.skipped),
+                "without_blocks": dict(plan.unblocked),
+            }
+            for plan, allocation in plans
+        ],
+        "notes": list(notes),
+    }
+
+
+def _planned(layer: LayerPlan, allocation: BitAllocation) -> dict[str, Any]:
+    return {
+        "node": layer.node,
+        "op": layer.op_type,
+        "weight": layer.weight,
+        "shape": list(layer.weight_shape),
+        "parameters": layer.parameters,
+        "macs": layer.macs,
+        "bits": allocation.bits.get(layer.node),
+        "coding_length": allocation.coding_length.get(layer.node),
+    }
+
+
 def versions() -> dict[str, str]:
     """Versions of the package and of the libraries that decide its results."""
     return {
@@ -94,14 +130,7 @@ def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
     rounding = result.roundings.get(layer.node)
     checked, fusion = result.verification, result.checked.fusion
     return {
-        "node": layer.node,
-        "op": layer.op_type,
-        "weight": layer.weight,
-        "shape": list(layer.weight_shape),
-        "parameters": layer.parameters,
-        "macs": layer.macs,
-        "bits": result.allocation.bits.get(layer.node),
-        "coding_length": result.allocation.coding_length.get(layer.node),
+        **_planned(layer, result.allocation),
         "mse_nearest": None if rounding is None else rounding.mse_nearest,
         "mse_final": None if rounding is None else rounding.mse_final,
         "changed": None if rounding is None else rounding.changed,

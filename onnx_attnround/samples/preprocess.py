@@ -6,7 +6,7 @@ from a table of 256 entries: it is computed once, in float64, and then looked up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -151,13 +151,17 @@ PREPROCESS: dict[str, Preprocess] = {
 }
 
 
-def load_preprocess(choice: Preprocess | str | PathLike[str]) -> Preprocess:
-    """The preprocessing as it is, that of a name, or the one that a TOML file describes.
+def load_preprocess(
+    choice: Preprocess | Mapping[str, Any] | str | PathLike[str],
+) -> Preprocess:
+    """The preprocessing as it is, that of a name, or the one of keys, here or in a TOML file.
 
     Raises ``ConfigError`` that lists the valid names, or the valid keys.
     """
     if isinstance(choice, Preprocess):
         return choice
+    if isinstance(choice, Mapping):
+        return Preprocess(**choice)
     if not isinstance(choice, str | PathLike):
         raise ConfigError(
             f"the preprocessing is of type {type(choice).__name__}, expected a Preprocess, the "

@@ -803,13 +803,13 @@ def test_what_is_slow_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("more", [["out.onnx"], ["--dry-run"]])
 def test_a_check_writes_nothing(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["in.onnx", *more, "--check"]) == 2
-    assert "--check takes IN alone" in capsys.readouterr().err
+    assert more[0] in capsys.readouterr().err
 
 
 def test_a_check_refuses_what_it_would_not_read(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--min-sqnr", "20", "--max-drop", "0", "--eval", "e.npz", "--target", "ort", "-q"]
-    assert main(["in.onnx", "--check", *options]) == 2
-    assert "--check does not read --eval, --max-drop, --min-sqnr:" in capsys.readouterr().err
+    for option in ("--min-sqnr", "--max-drop", "--eval"):
+        assert main(["in.onnx", "--check", option, "20"]) == 2
+        assert f"No such option: {option}" in capsys.readouterr().err
 
 
 def test_samples_are_used_where_shapes_are_unknown(tmp_path: Path) -> None:

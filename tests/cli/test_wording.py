@@ -57,7 +57,7 @@ def test_messages_name_settings_in_backticks(path: Path) -> None:
     ("arguments", "words"),
     [
         (["--weight-bits", "9"], "option --weight-bits: "),
-        (["--exclude", "nowhere"], "option --exclude: pattern 'nowhere' matches no node; --d"),
+        (["--exclude", "nowhere"], "pattern 'nowhere' matches no node; the command plan"),
         (["--act-bits", "8", "--block-size", "32"], "give --act-bits 32"),
         (["--layer-bits", "a"], "option --layer-bits: got 'a', expected NAME=BITS"),
         (["--layer-bits", "a=x"], "option --layer-bits, 'a': "),
@@ -83,7 +83,7 @@ def test_what_came_from_a_file_is_named_as_there(
     assert main(run) == 2
     assert "option `weight_bits`: " in capsys.readouterr().err
     assert main([*run, "--weight-bits", "4"]) == 2
-    assert "option `exclude`: pattern 'nowhere' matches no node; --dry" in capsys.readouterr().err
+    assert "option `exclude`: pattern 'nowhere' matches no node; the" in capsys.readouterr().err
 
 
 def test_every_key_is_an_option_and_takes_its_text(
@@ -92,7 +92,7 @@ def test_every_key_is_an_option_and_takes_its_text(
     seen: list[QuantConfig] = []
 
     def run(request: object, from_file: dict[str, object]) -> None:
-        seen.append(request.config(from_file)[0])  # type: ignore[attr-defined]
+        seen.append(request.settled(from_file)[0])  # type: ignore[attr-defined]
 
     monkeypatch.setattr("onnx_attnround.cli.main.run", run)
     values: dict[str, object] = {

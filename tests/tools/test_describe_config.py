@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.run_file import RunFiles
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -22,7 +23,7 @@ def test_the_pages_are_current() -> None:
     assert page == made["config.md"]
     schema = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8"))
     wanted = json.loads(made["config.schema.json"])
-    assert list(schema["properties"]) == list(QuantConfig.model_fields)
+    assert list(schema["properties"]) == [*RunFiles.model_fields, *QuantConfig.model_fields]
     for key, values in wanted["properties"].items():
         assert schema["properties"][key]["description"] == values["description"]
         assert schema["properties"][key].get("default") == values.get("default")
