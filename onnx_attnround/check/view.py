@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import onnx
@@ -122,9 +123,10 @@ class View:
 
     @cached_property
     def _made_by(self) -> dict[ir.Value | None, Link]:
-        return {
-            link.node.outputs[0]: link for link in self.links if link.node.op_type == DEQUANTISE
-        }
+        """What is dequantised: by a DQ, or a weight by arithmetic that is folded at loading."""
+        folded = (_folded(node) for node in self.model.graph if node.op_type == "Mul")
+        links = chain(self.links, (link for link in folded if link is not None))
+        return {link.node.outputs[0]: link for link in links if link.node.op_type != QUANTISE}
 
     def _has_weight(self, node: ir.Node) -> bool:
         weight = node.inputs[1]
@@ -170,6 +172,26 @@ def _link(node: ir.Node) -> Link:
         stored=None if codes is None or node.op_type == QUANTISE else codes.dtype,
         axis=1 if attribute is None else attribute.as_int(),
         block_size=node.attributes.get_int("block_size", 0),
+    )
+
+
+def _folded(node: ir.Node) -> Link | None:
+    """A product of constant codes, made floats by a Cast, with constant scales, as a DQ of them."""
+    data, scale, _ = _three(node)
+    scales = constant(scale)
+    codes = None if data is None or scales is None else _before_cast(data)
+    if codes is None or scales is None or not codes.dtype.is_integer():
+        return None
+    along = [axis for axis, size in enumerate(scales.shape) if size != 1]
+    return Link(
+        node=node,
+        scale=scales.numpy().reshape(-1),
+        point=None,
+        has_point=False,
+        codes=codes.dtype,
+        stored=codes.dtype,
+        axis=along[0] if along else 0,
+        block_size=0,
     )
 
 

@@ -252,6 +252,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         storages = plan.target.storages(blocks=config.block_size is not None)
         storage = config.weight_storage or storages[0]
         quantised = qdq.insert(prepared.simplified, plan, params, roundings, storage)
+        qdq.fold_weights(quantised, plan)
         run.notes += qdq.store_once(quantised, plan)
         _add_provenance(quantised, config, allocation)
     with run.stage("check"):

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_attnround.records import QuantPlan
 
 _LISTED = 5  # names in a note
-_UNPACKING = frozenset({"DequantizeLinear", "Cast"})
+_UNPACKING = frozenset({"DequantizeLinear", "Cast", "Mul"})
 
 
 def store_once(model: ir.Model, plan: QuantPlan) -> list[str]:
