@@ -28,7 +28,7 @@ class Command:
 
     does: str
     examples: tuple[str, ...]
-    options: frozenset[str] = _ALL
+    options: frozenset[str] = _ALL - {"more"}
     keys: frozenset[str] | None = None
 
 
@@ -53,12 +53,13 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "check": Command(
-        does="Check the quantised model IN, of any origin, against the rules of a target, run it "
-        "on samples or noise where its runtime is installed, and list what breaks or does not "
-        "fuse; exit code 1 if it is refused.",
+        does="Check quantised models, of any origin, against the rules of a target, run "
+        "them on samples or noise where its runtime is installed, and list what breaks or does not "
+        "fuse; exit code 1 if one is refused.",
         examples=(
             "quantised.onnx --target tensorrt",
             "quantised.onnx --calib samples.npz --format github",
+            "a.int.onnx b.int.onnx --quiet",
         ),
         options=_ALL - {"output", "evaluation"},
         keys=frozenset({"samples", "target", "custom_op_library"}),

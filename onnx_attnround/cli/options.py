@@ -46,6 +46,9 @@ class Options:
     output: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="Where the quantised model goes.")
     ] = None
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IN]...", help="More models, one by one.")
+    ] = None
     calib: Annotated[
         Path | None,
         _option(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,15 +164,27 @@ def _preprocess(options: Options) -> Preprocess | None:
     return None if options.preprocess is None else load_preprocess(options.preprocess)
 
 
-def _check_model(job: Job) -> None:
-    """Print what breaks the rules of the target; raise ``ModelError`` if it is refused."""
+def _check_models(job: Job) -> None:
+    """Check one model after the other; raise ``ModelError`` for the first that is refused."""
+    options = job.options
+    models = [job.model, *(options.more or ())]
+    if len(models) > 1 and options.report:
+        raise ConfigError("--report is of one model: give one IN, or leave it out")
+    refused = [error for error in map(partial(_check_model, job), models) if error is not None]
+    if refused:
+        others = f", and {len(refused) - 1} more are refused" if len(refused) > 1 else ""
+        raise ModelError(f"{refused[0]}{others}")
+
+
+def _check_model(job: Job, model: Path) -> str | None:
+    """Print what breaks the rules of the target; returns what is to be said if it is refused."""
     from onnx_attnround.pipeline import check_model
     from onnx_attnround.report.console import check_console
     from onnx_attnround.report.document import check_dict
 
     options = job.options
     preprocess = _preprocess(options)
-    checked = check_model(job.model, job.config, options.calib, preprocess=preprocess)
+    checked = check_model(model, job.config, options.calib, preprocess=preprocess)
     _write_reports(job, checked)
     found = Found(
         shown=check_console(checked),
@@ -180,8 +193,7 @@ def _check_model(job: Job) -> None:
     )
     if not options.quiet:
         job.show(found)
-    if checked.refused:
-        raise ModelError(f"'{job.model}' {checked.verdict}")
+    return f"'{model}' {checked.verdict}" if checked.refused else None
 
 
 def _inspect(job: Job) -> None:
@@ -289,7 +301,7 @@ def _write_reports(job: Job, record: Record) -> None:
 DOES: Mapping[str, Callable[[Job], None]] = {
     "quantize": _quantize,
     "plan": _plan,
-    "check": _check_model,
+    "check": _check_models,
     "inspect": _inspect,
 }
 """What each command does."""
