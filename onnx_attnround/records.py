@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -255,3 +255,7 @@ class Event:
     done: int
     total: int
     detail: str = ""
+
+
+OnEvent = Callable[[Event], None]
+"""What is told of progress: called with each event."""

@@ -23,6 +23,7 @@ _NAMES = (
     "qdq runtime run_file",
     "simplify plan calibrate rounding shadow check",
     "checkpoint smooth verify",
+    "context",
     "reconstruct report",
     "pipeline",
     "__init__",

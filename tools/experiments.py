@@ -21,8 +21,8 @@ import torch
 from sklearn.cluster import KMeans
 
 from onnx_attnround import QuantConfig, graph, quantize
+from onnx_attnround.context import Run
 from onnx_attnround.pipeline import Loaded, Prepared, QuantizeResult, finish, prepare
-from onnx_attnround.pipeline.context import Run
 from onnx_attnround.plan import bits as allocation
 from onnx_attnround.reconstruct import sensitivity
 from onnx_attnround.records import LayerErrors, LayerPlan
@@ -141,10 +141,10 @@ def compare_allocation(options: argparse.Namespace, bits: float) -> None:
             "allocator": "gram",
             "seed": seed,
         })
-        prepared = prepare(Run(usual, lambda event: None), _held_out(options, seed))
+        prepared = prepare(Run(usual), _held_out(options, seed))
         bounds.append(_most_to_gain(prepared, usual))
         for label, config, errors in _allocations(usual, prepared):
-            run = Run(config, lambda event: None)
+            run = Run(config)
             rows[label].append(_figures(finish(run, replace(prepared, errors=errors), None)))
     print(f"\nMost that real-valued bits could gain over uniform ones: {np.mean(bounds):.1f} dB")
     print(f"\n| mean of {bits:g} bits | SQNR dB | agreement | bytes | bits of the layers |")
@@ -219,7 +219,7 @@ def _without_reach(prepared: Prepared, config: QuantConfig) -> LayerErrors | Non
     if samples is None:
         raise SystemExit("no samples: nothing to measure")
     errors = sensitivity.layer_errors(
-        prepared.simplified, prepared.plan, samples, config, lambda event: None
+        prepared.simplified, prepared.plan, samples, Run(config)
     )
     probe.error = reach  # type: ignore[method-assign]
     return errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -17,7 +17,7 @@ from onnx_attnround.calibrate.softmax_bounds import FREE, Limits, SoftmaxBounds
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError, ModelError
 from onnx_attnround.qdq.arithmetic import params_from_range
-from onnx_attnround.records import Array, Event, QuantParams, QuantSpec, TensorStats
+from onnx_attnround.records import Array, Event, OnEvent, QuantParams, QuantSpec, TensorStats
 from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Feeds, Samples
 from onnx_attnround.samples.mask import find_mask, tokens, zero_padding
@@ -51,7 +51,7 @@ def calibrate(
     config: QuantConfig,
     *,
     same_range: Mapping[str, str],
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
     observers: Mapping[str, str] | None = None,
 ) -> Calibration:
     """Observe the tensors of ``activations`` over all ``samples``, in one pass.
@@ -189,7 +189,7 @@ def observed(
     samples: Samples,
     config: QuantConfig,
     stage: str,
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
 ) -> Iterator[tuple[str, Array]]:
     """Each named tensor's value, batch after batch, as one pass over the samples finds them.
 
@@ -209,7 +209,7 @@ def _runs(
     batch_size: int,
     mask: str | None,
     stage: str,
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
 ) -> Iterator[tuple[str, Array]]:
     """Each named tensor's value, batch after batch, 0 at padded tokens; constants come once."""
     fed = {value.name for value in session.get_inputs()} & set(names)

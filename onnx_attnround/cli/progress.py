@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich import progress
 from rich.table import Column
 from rich.text import Text
 
-from onnx_attnround.records import Event
+from onnx_attnround.records import Event, OnEvent
 from onnx_attnround.report.layout import console_on
 
-OnEvent = Callable[[Event], None]
 
 def shown(*, quiet: bool, verbose: bool) -> AbstractContextManager[OnEvent]:
     """While the context is open, its function shows the events that it is given.

@@ -17,7 +17,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, GateError, ModelError
 
 if TYPE_CHECKING:
-    from onnx_attnround.cli.progress import OnEvent
+    from onnx_attnround.records import OnEvent
     from onnx_attnround.report.forms import Record
     from onnx_attnround.report.result import Point, QuantizeResult
     from onnx_attnround.samples.preprocess import Preprocess

@@ -15,10 +15,11 @@ from onnx_attnround.calibrate import Calibration, left_out_note
 from onnx_attnround.check import UNPACKING_OP, Checked, check
 from onnx_attnround.checkpoint import check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.context import Run
 from onnx_attnround.errors import GateError, ModelError, OutputError
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.pipeline.activations import plan_parted, ranges_of, with_float_stem
-from onnx_attnround.pipeline.context import OnEvent, Run, log_notes, logged
+from onnx_attnround.pipeline.log import log_notes, logged
 from onnx_attnround.pipeline.memory_limit import within_limit
 from onnx_attnround.pipeline.notes import few_rows, taken, unblocked
 from onnx_attnround.pipeline.open_inputs import (
@@ -36,6 +37,7 @@ from onnx_attnround.records import (
     BlockRounding,
     LayerErrors,
     LayerRounding,
+    OnEvent,
     QuantParams,
     QuantPlan,
 )
@@ -327,22 +329,18 @@ def _measure(
     from onnx_attnround.reconstruct.sensitivity import layer_errors  # with torch: takes a second
 
     with run.stage("measure"):
-        return layer_errors(model, plan, samples, run.config, run.on_event, run.checkpoint)
+        return layer_errors(model, plan, samples, run)
 
 
 def _round(run: Run, prepared: Prepared, allocation: BitAllocation) -> dict[str, LayerRounding]:
-    from onnx_attnround.reconstruct.layerwise import (
-        round_layers,
-        round_plain,
-    )  # with torch: takes a second
+    # With torch, which takes a second.
+    from onnx_attnround.reconstruct.layerwise import round_layers, round_plain
 
     model, plan, params = prepared.simplified, prepared.plan, prepared.ranges.params
     samples = prepared.given.samples
     if samples is None:
         return round_plain(model, plan, params, allocation)
-    return round_layers(
-        model, plan, params, allocation, samples, run.config, run.on_event, run.checkpoint
-    )
+    return round_layers(model, plan, params, allocation, samples, run)
 
 
 def _refine(
@@ -360,9 +358,7 @@ def _refine(
 
     model, plan = prepared.simplified, prepared.plan
     with run.stage("refine"):
-        refined = refine_blocks(
-            model, plan, params, roundings, samples, run.config, run.on_event, run.checkpoint
-        )
+        refined = refine_blocks(model, plan, params, roundings, samples, run)
         before, after = (
             output_sqnr(model, qdq.insert(model, plan, *made, "int8"), samples, run.config.threads)
             for made in ((params, roundings), (refined.params, refined.roundings))

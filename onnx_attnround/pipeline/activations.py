@@ -11,7 +11,7 @@ from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
 from onnx_attnround.checkpoint import TAKEN
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.pipeline.context import Run
+from onnx_attnround.context import Run
 from onnx_attnround.plan import make_plan
 from onnx_attnround.plan.split_inputs import part_floats, part_layers
 from onnx_attnround.records import Event, QuantParams, QuantPlan

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.context import Run
 from onnx_attnround.graph import check_output
 from onnx_attnround.pipeline import load, path_of, planned
-from onnx_attnround.pipeline.context import Run
 from onnx_attnround.pipeline.open_inputs import comparable
 from onnx_attnround.pipeline.open_model import ModelSource, source_of
 from onnx_attnround.samples.preprocess import Preprocess, Transform
@@ -31,7 +31,7 @@ def foresee(
     ``compared``; it writes nothing.
     """
     config = QuantConfig.of(config).model_copy(update={"work_dir": None})  # load would make it
-    run = Run(config, lambda event: None)
+    run = Run(config)
     for output in outputs:
         check_output(path_of(output), source_of(model))
     given = load(run, model, calibration, evaluation, preprocess)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from onnx_attnround.calibrate import Calibration
-from onnx_attnround.pipeline.context import Run
+from onnx_attnround.context import Run
 from onnx_attnround.pipeline.memory_limit import groups_and_inputs
 from onnx_attnround.records import LayerPlan, LayerRounding, QuantPlan
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from onnx_attnround.pipeline.context import Run
+from onnx_attnround.context import Run
 from onnx_attnround.plan import make_plan
 from onnx_attnround.records import QuantPlan, Smoothing
 from onnx_attnround.samples import Samples

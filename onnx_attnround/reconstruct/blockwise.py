@@ -13,7 +13,7 @@ through: weighted by the attention they gained nothing (docs/experiments.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -21,10 +21,9 @@ import onnx_ir as ir
 import torch
 
 from onnx_attnround import qdq
-from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.context import Run, Units
 from onnx_attnround.errors import ModelError
-from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.layer_groups import Block, find_blocks
 from onnx_attnround.reconstruct.layerwise import (
     moments_of,
@@ -34,16 +33,15 @@ from onnx_attnround.reconstruct.layerwise import (
     torch_threads,
 )
 from onnx_attnround.reconstruct.trained_block import QuantisedBlock, Tensors
-from onnx_attnround.reconstruct.walk import BlockBatch, BlockWalk
+from onnx_attnround.reconstruct.walk import BlockBatch, BlockWalk, open_place
 from onnx_attnround.records import (
     BlockRounding,
-    Event,
     LayerRounding,
     QuantParams,
     QuantPlan,
     readers_of,
 )
-from onnx_attnround.runtime.device import Value, exact, open_device, room_on
+from onnx_attnround.runtime.device import Value, exact
 from onnx_attnround.samples import Samples
 from onnx_attnround.shadow import Shadow, build_shadow
 
@@ -84,46 +82,34 @@ def refine_blocks(
     params: Mapping[str, QuantParams],
     roundings: Mapping[str, LayerRounding],
     samples: Samples,
-    config: QuantConfig,
-    on_event: Callable[[Event], None],
-    checkpoint: Checkpoint | None = None,
+    run: Run,
 ) -> Refined:
     """Refine block after block, each against what the refined prefix really feeds it.
 
     A block whose error on samples that it is not trained on does not fall stays as it was, and
     so does one that cannot run in torch; its record says why. Deterministic for the same inputs.
-    Blocks that ``checkpoint`` holds are taken from it, the others are put there.
     """
-    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
+    config = run.config
     result = Refined(roundings=dict(roundings), params=dict(params))
     quantised = qdq.insert(model, plan, params, roundings, "int8")
     blocks = find_blocks(model, plan.layers)
-    kept = [checkpoint.get("refine", index) for index in range(len(blocks))]
-    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
-        walk = BlockWalk(
-            model,
-            quantised,
-            blocks,
-            samples,
-            batch_size=min(config.batch_size, MINIBATCH),
-            store=store,
-            threads=config.threads,
-            device=device,
-        )
-        for index, block in enumerate(blocks):
-            if None in kept[index:]:
-                walk.advance(index)
-            if missing := kept[index] is None:
-                with threads_limited(config.threads), exact(device):
-                    kept[index] = _Refinement(
-                        model, plan, config, result, block, walk, index, device
-                    ).run()
-                checkpoint.put(kept[index], "refine", index)
-            result.add(*kept[index])
-            _update(quantised, plan, result, block)
-            detail = f"{block[0].node} … {block[-1].node}  {result.blocks[-1].summary}"
-            detail += "" if missing else TAKEN
-            on_event(Event(stage="refine", done=index + 1, total=len(blocks), detail=detail))
+
+    def take_up(index: int, outcome: Outcome) -> str:
+        block = blocks[index]
+        result.add(*outcome)
+        _update(quantised, plan, result, block)
+        return f"{block[0].node} … {block[-1].node}  {result.blocks[-1].summary}"
+
+    with open_place(config) as place:
+        size = min(config.batch_size, MINIBATCH)
+        walk = BlockWalk(model, quantised, blocks, samples, size, place)
+
+        def make(index: int) -> Outcome:
+            work = _Refinement(model, plan, config, result, blocks[index], walk, index)
+            with threads_limited(config.threads), exact(place.device):
+                return work.run()
+
+        Units(run, "refine", len(blocks)).walk(walk.advance, make, take_up)
     return result
 
 
@@ -142,11 +128,10 @@ class _Refinement:
         block: Block,
         walk: BlockWalk,
         index: int,
-        device: torch.device,
     ) -> None:
         self._model, self._plan, self._config = model, plan, config
         self._result, self._block = result, block
-        self._walk, self._index, self._device = walk, index, device
+        self._walk, self._index, self._device = walk, index, walk.device
         every = range(walk.count)
         self._judged = every[JUDGED_EVERY - 1 :: JUDGED_EVERY] or every
         self._trained = [number for number in every if number not in self._judged] or every

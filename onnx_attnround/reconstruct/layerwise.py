@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 
 from onnx_attnround import qdq
-from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.context import Run, Units
 from onnx_attnround.ops import weight_matrix, weight_tensor
 from onnx_attnround.qdq.arithmetic import spread
 from onnx_attnround.reconstruct.shared_weights import Batches, moments_ahead, one_bias
@@ -20,7 +20,6 @@ from onnx_attnround.reconstruct.walk import walking
 from onnx_attnround.records import (
     Array,
     BitAllocation,
-    Event,
     LayerPlan,
     LayerRounding,
     QuantParams,
@@ -138,35 +137,33 @@ def round_layers(
     params: Mapping[str, QuantParams],
     allocation: BitAllocation,
     samples: Samples,
-    config: QuantConfig,
-    on_event: Callable[[Event], None],
-    checkpoint: Checkpoint | None = None,
+    run: Run,
 ) -> dict[str, LayerRounding]:
     """Round layer after layer, in graph order, on the objective of ``rounding/moments.py``.
 
-    Returns one rounding per node name. Deterministic for the same inputs and device. Layers that
-    ``checkpoint`` holds are taken from it, the others are put there.
+    Returns one rounding per node name. Deterministic for the same inputs and device.
     """
-    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
+    config = run.config
     roundings = round_plain(model, plan, params, allocation)
     quantised = qdq.insert(model, plan, params, roundings, "int8")
-    kept = [checkpoint.get("round", index) for index in range(len(plan.layers))]
-    readers = _Readers(model, plan, params, allocation, samples, config, device)
-    readers.look_ahead([plan.layers[i].node for i, known in enumerate(kept) if known is None])
+    units = Units(run, "round", len(plan.layers))
+    readers = _Readers(model, plan, params, allocation, samples, config)
+    readers.look_ahead([plan.layers[index].node for index in units.missing])
+
+    def take_up(index: int, rounding: LayerRounding) -> str:
+        planned = plan.layers[index]
+        roundings[planned.node] = rounding
+        qdq.update_layer(quantised, planned, rounding, params, plan)
+        return _outcome(planned, rounding)
+
     with walking(model, quantised, plan.layers, samples, config) as walk:
-        for index, planned in enumerate(plan.layers):
-            if None in kept[index:]:
-                walk.advance(index)
-            layer = readers.open(planned)
-            rounding = kept[index]
-            if rounding is None:
-                with torch_threads(layer, config.threads):
-                    rounding = readers.round(layer, walk.inputs(index), roundings, index)
-                checkpoint.put(rounding, "round", index)
-            roundings[planned.node] = rounding
-            qdq.update_layer(quantised, planned, rounding, params, plan)
-            detail = _outcome(layer, rounding) + (TAKEN if kept[index] else "")
-            on_event(Event(stage="round", done=index + 1, total=len(plan.layers), detail=detail))
+
+        def make(index: int) -> LayerRounding:
+            layer = readers.open(plan.layers[index])
+            with torch_threads(layer, config.threads):
+                return readers.round(layer, walk.inputs(index), roundings, index)
+
+        units.walk(walk.advance, make, take_up)
     return roundings
 
 
@@ -181,10 +178,10 @@ class _Readers:
         allocation: BitAllocation,
         samples: Samples,
         config: QuantConfig,
-        device: torch.device,
     ) -> None:
         self._model, self._params, self._bits = model, params, allocation.bits
-        self._samples, self._config, self._device = samples, config, device
+        self._samples, self._config = samples, config
+        self._device = open_device(config.device)
         self._groups = readers_of(plan.layers, allocation.bits)
         self._ahead: dict[str, Moments] = {}
 
@@ -343,12 +340,12 @@ def follow(layer: Layer, moments: Moments, rounding: LayerRounding) -> LayerRoun
     )
 
 
-def _outcome(layer: Layer, rounding: LayerRounding) -> str:
+def _outcome(layer: LayerPlan, rounding: LayerRounding) -> str:
     nearest, final = (
         f"{10 * np.log10(max(mse, 1e-30)):.1f} dB"
         for mse in (rounding.mse_nearest, rounding.mse_final)
     )
-    return f"{layer.plan.node}  {layer.spec.bits} bits  {nearest} → {final}"
+    return f"{layer.node}  {rounding.spec.bits} bits  {nearest} → {final}"
 
 
 def open_layer(

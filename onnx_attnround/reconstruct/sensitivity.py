@@ -9,14 +9,14 @@ share of their power. Then ``b`` bits cost ``E N(b) / N(PROBE_BITS)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.checkpoint import TAKEN, Checkpoint
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.context import Run, Units
 from onnx_attnround.graph import choices, take_choices, tensor_value, with_outputs
 from onnx_attnround.qdq.arithmetic import dequantize, spread
 from onnx_attnround.reconstruct.layerwise import (
@@ -29,7 +29,6 @@ from onnx_attnround.reconstruct.layerwise import (
 from onnx_attnround.reconstruct.walk import walking
 from onnx_attnround.records import (
     Array,
-    Event,
     LayerErrors,
     LayerPlan,
     LayerRounding,
@@ -49,37 +48,33 @@ def layer_errors(
     model: ir.Model,
     plan: QuantPlan,
     samples: Samples,
-    config: QuantConfig,
-    on_event: Callable[[Event], None],
-    checkpoint: Checkpoint | None = None,
+    run: Run,
 ) -> LayerErrors:
     """The error of the outputs, by node name and each of ``bit_choices``; deterministic.
 
     Activations stay float. The error of a layer whose inputs are too large to be
-    squared is taken to be ``4^-b``. Layers that ``checkpoint`` holds are taken from
-    it, the others are put there. Raises ``CalibrationError`` if the model does not
+    squared is taken to be ``4^-b``. Raises ``CalibrationError`` if the model does not
     run on the samples.
     """
-    checkpoint, device = checkpoint or Checkpoint(), open_device(config.device)
+    config, device = run.config, open_device(run.config.device)
     first = {node: group[0] for node, group in readers_of(plan.layers).items()}
     layers = [each for each in plan.layers if first[each.node] is each]  # one reader of a weight
-    kept = [checkpoint.get("measure", index) for index in range(len(layers))]
     probe = _Probe(model, plan.layers, samples, config)
-    errors = {}
+    errors: dict[str, Mapping[int, float]] = {}
+
+    def take_up(index: int, costs: Mapping[int, float]) -> str:
+        errors[layers[index].node] = costs
+        return layers[index].node
+
     with walking(model, None, layers, samples, config) as walk:
-        for index, planned in enumerate(layers):
-            if None in kept[index:]:
-                walk.advance(index)
-            if missing := kept[index] is None:
-                layer = open_layer(model, planned, {}, PROBE_BITS, device)
-                with torch_threads(layer, config.threads):
-                    moments = moments_of(layer, walk.inputs(index), samples.count, None)
-                    kept[index] = _costs(layer, moments, probe, config)
-                checkpoint.put(kept[index], "measure", index)
-            errors[planned.node] = kept[index]
-            detail = planned.node + ("" if missing else TAKEN)
-            done = Event(stage="measure", done=index + 1, total=len(layers), detail=detail)
-            on_event(done)
+
+        def make(index: int) -> Mapping[int, float]:
+            layer = open_layer(model, layers[index], {}, PROBE_BITS, device)
+            with torch_threads(layer, config.threads):
+                moments = moments_of(layer, walk.inputs(index), samples.count, None)
+                return _costs(layer, moments, probe, config)
+
+        Units(run, "measure", len(layers)).walk(walk.advance, make, take_up)
     return {node: errors[layer.node] for node, layer in first.items()}
 
 

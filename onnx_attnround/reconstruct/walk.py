@@ -32,6 +32,23 @@ from onnx_attnround.samples.mask import counted, find_mask, tokens
 _BY_TOKEN = frozenset({"Gemm", "MatMul"})
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a walk computes, with how many threads, and where it keeps what is read later."""
+
+    store: ActivationStore
+    device: torch.device
+    threads: int | None = None
+
+
+@contextmanager
+def open_place(config: QuantConfig) -> Iterator[Place]:
+    """The device of ``config``, with a store as large as ``config`` and its memory allow."""
+    device = open_device(config.device)
+    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
+        yield Place(store, device, config.threads)
+
+
 class Walk:
     """The two streams. Call ``advance(k)``, read ``inputs(k)``, quantise layer ``k``, and so on.
 
@@ -47,27 +64,24 @@ class Walk:
         quantised: ir.Model | None,
         layers: Sequence[LayerPlan],
         samples: Samples,
-        *,
         batch_size: int,
-        store: ActivationStore,
-        threads: int | None,
-        device: torch.device,
+        place: Place,
     ) -> None:
         names = [layer.node for layer in layers]
         self._layers = layers
         self._mask = find_mask(model)
         self._tokens: list[Array | None] = []
-        self._feeds = _placed(self._seen(samples.batches(batch_size)), device)
+        self._feeds = _placed(self._seen(samples.batches(batch_size)), place.device)
         taken: dict[str, str] = {}
         if quantised is not None:
             taken = take_choices(quantised, model, parted_choices(model, quantised))
         stages = cut(model, names, ties=Ties(lends=set(taken.values())))
-        lender = _Stream("float", model, stages, store, threads, device, taken)
+        lender = _Stream("float", model, stages, place, taken)
         self._streams = [lender]
         if quantised is not None:
             ties = Ties.of(taken, stages)
             stages = cut(quantised, names, _added_codes(quantised, model), ties)
-            self._streams.append(_Stream("quantised", quantised, stages, store, threads, device))
+            self._streams.append(_Stream("quantised", quantised, stages, place))
         self._batches = 0
 
     def advance(self, index: int) -> None:
@@ -110,19 +124,9 @@ def walking(
     samples: Samples,
     config: QuantConfig,
 ) -> Iterator[Walk]:
-    """A walk on the device of ``config``, with a store as large as ``config`` allows."""
-    device = open_device(config.device)
-    with ActivationStore(room_on(device, config.activation_memory_mb << 20)) as store:
-        yield Walk(
-            model,
-            quantised,
-            layers,
-            samples,
-            batch_size=config.batch_size,
-            store=store,
-            threads=config.threads,
-            device=device,
-        )
+    """A walk from layer to layer at the place that ``config`` tells."""
+    with open_place(config) as place:
+        yield Walk(model, quantised, layers, samples, config.batch_size, place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,15 +158,13 @@ class BlockWalk:
         quantised: ir.Model,
         blocks: Sequence[Sequence[LayerPlan]],
         samples: Samples,
-        *,
         batch_size: int,
-        store: ActivationStore,
-        threads: int | None,
-        device: torch.device,
+        place: Place,
     ) -> None:
         names = [[layer.node for layer in block] for block in blocks]
         self.samples = samples.count
-        self._feeds = _placed(samples.batches(batch_size), device)
+        self.device = place.device
+        self._feeds = _placed(samples.batches(batch_size), place.device)
         self.model = model.clone()
         """The float model, with what it chooses and draws as inputs, as blocks read them."""
         nodes = parted_choices(model, quantised)
@@ -171,9 +173,9 @@ class BlockWalk:
         ends = {v.name or "" for n in model.graph if n.name in nodes for v in reads_of(n)}
         stages = cut_blocks(model, names, Ties(lends=set(taken.values()), ends=ends))
         self._stages = cut_blocks(self.model, names, Ties.of(self._taken, stages, ends))
-        self._plain = _Stream("float", model, stages, store, threads, device, taken)
+        self._plain = _Stream("float", model, stages, place, taken)
         stages = cut_blocks(quantised, names, Ties.of(taken, stages))
-        self._quantised = _Stream("quantised", quantised, stages, store, threads, device)
+        self._quantised = _Stream("quantised", quantised, stages, place)
         self._raw = raw_names(quantised)
         self.count = 0
         """How many batches there are, once ``advance(0)`` is done."""
@@ -235,17 +237,13 @@ class _Stream:
         label: str,
         model: ir.Model,
         stages: Sequence[Stage],
-        store: ActivationStore,
-        threads: int | None,
-        device: torch.device,
+        place: Place,
         lends: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._label = label
         self._model = model
         self._stages = stages
-        self._store = store
-        self._threads = threads
-        self._device = device
+        self._place = place
         self._lent = {source: name for name, source in lends.items()}
 
     def layer_input(self, index: int, batch: int) -> torch.Tensor:
@@ -255,7 +253,7 @@ class _Stream:
 
     def get(self, name: str, batch: int) -> Value:
         """A live tensor."""
-        return self._store.get(f"{self._label}:{name}", batch)
+        return self._place.store.get(f"{self._label}:{name}", batch)
 
     def start(self) -> Callable[[int, dict[str, Value]], None]:
         """What to call with each batch of samples: runs stage 0 on it."""
@@ -283,23 +281,23 @@ class _Stream:
     def release(self, index: int) -> None:
         """Forget what no stage behind ``index`` reads."""
         for name in self._stages[index].released:
-            self._store.release(f"{self._label}:{name}")
+            self._place.store.release(f"{self._label}:{name}")
 
     def _session(self, stage: Stage) -> ort.InferenceSession | None:
         if not stage.computed:
             return None
-        release(self._device)
-        model = extract(self._model, stage)
-        return open_session(model, threads=self._threads, device=self._device.type)
+        threads, device = self._place.threads, self._place.device
+        release(device)
+        return open_session(extract(self._model, stage), threads=threads, device=device.type)
 
     def _put(self, name: str, batch: int, value: Value) -> None:
-        self._store.put(f"{self._label}:{name}", batch, value)
+        self._place.store.put(f"{self._label}:{name}", batch, value)
 
     def _run(
         self, session: ort.InferenceSession, stage: Stage, batch: int, feeds: Mapping[str, Value]
     ) -> None:
         try:
-            results = run_on(self._device, session, stage.computed, feeds)
+            results = run_on(self._place.device, session, stage.computed, feeds)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
@@ -310,7 +308,7 @@ class _Stream:
             if name in stage.outputs:
                 self._put(name, batch, value)
             if name in self._lent:
-                self._store.put(f"quantised:{self._lent[name]}", batch, value)
+                self._place.store.put(f"quantised:{self._lent[name]}", batch, value)
 
 
 def _added_codes(quantised: ir.Model, model: ir.Model) -> set[str]:

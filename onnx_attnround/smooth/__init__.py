@@ -8,8 +8,6 @@ layers that read it, on samples that the scales do not come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -18,7 +16,7 @@ from onnx_attnround.calibrate import observed
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import tensor_value
 from onnx_attnround.ops import weight_matrix
-from onnx_attnround.records import Event, LayerPlan, QuantPlan, Smoothing
+from onnx_attnround.records import LayerPlan, OnEvent, QuantPlan, Smoothing
 from onnx_attnround.samples import Samples
 from onnx_attnround.smooth.choice import Layer, choose
 from onnx_attnround.smooth.groups import channels_of, find_groups
@@ -38,7 +36,7 @@ def find_smoothing(
     plan: QuantPlan,
     samples: Samples,
     config: QuantConfig,
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
 ) -> dict[str, Smoothing]:
     """How each tensor that layers of ``plan`` read is smoothed, by its name.
 

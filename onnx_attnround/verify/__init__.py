@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnx_attnround.records import Array, Event, LayerPlan
+from onnx_attnround.records import Array, Event, LayerPlan, OnEvent
 from onnx_attnround.runtime.session import ACCURACY_LEVEL, exact_activations
 from onnx_attnround.samples import Samples
 from onnx_attnround.samples.mask import find_mask
@@ -62,7 +62,7 @@ def verify(
     labels: Array | None = None,
     layers: Layers | None = None,
     threads: int | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: OnEvent = lambda event: None,
 ) -> Verification:
     """Run both models and compare outputs, layers, latency and size.
 
@@ -155,7 +155,7 @@ def rounded_activations_note(
     ]
 
 
-def _stepper(total: int, on_event: Callable[[Event], None]) -> Step:
+def _stepper(total: int, on_event: OnEvent) -> Step:
     done = 0
 
     def step(detail: str, count: int) -> None:

@@ -17,6 +17,7 @@ from small_models import build, run
 from onnx_attnround import graph, qdq
 from onnx_attnround.calibrate import calibrate
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.context import Run
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.plan import make_plan
 from onnx_attnround.plan.bits import allocate
@@ -57,8 +58,7 @@ class Job:
             self.params,
             self.allocation,
             open_samples(self.feeds, graph.input_specs(self.model)),
-            config,
-            lambda event: None,
+            Run(config),
         )
 
     def plain(self) -> dict[str, LayerRounding]:
@@ -233,7 +233,7 @@ def test_one_event_for_each_layer() -> None:
     job, events = small("branches", weight_bits=4), list[Event]()
     round_layers(
         job.model, job.plan, job.params, job.allocation,
-        open_samples(job.feeds, graph.input_specs(job.model)), job.config, events.append,
+        open_samples(job.feeds, graph.input_specs(job.model)), Run(job.config, events.append),
     )  # fmt: skip
     count = len(job.plan.layers)
     assert [(e.stage, e.done, e.total) for e in events] == [

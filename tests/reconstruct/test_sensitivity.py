@@ -14,6 +14,7 @@ from layered_models import LAYERED, layered, noise
 from small_models import build
 
 from onnx_attnround import QuantConfig, graph
+from onnx_attnround.context import Run
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.reconstruct.layerwise import round_plain
 from onnx_attnround.reconstruct.sensitivity import PROBE_SAMPLES, layer_errors
@@ -32,7 +33,7 @@ def config(**options: Any) -> QuantConfig:
 def measured(model: ir.Model, feeds: Any, **options: Any) -> LayerErrors:
     plan = plan_model(model, config(), quantise_activations=True)
     samples = open_samples(feeds, graph.input_specs(model))
-    return layer_errors(model, plan, samples, config(**options), lambda event: None)
+    return layer_errors(model, plan, samples, Run(config(**options)))
 
 
 @cache
@@ -67,7 +68,7 @@ def test_errors_fall_with_the_bits_and_are_told_for_every_layer() -> None:
     model, feeds = digits()
     plan = plan_model(model, config(), quantise_activations=True)
     samples = open_samples(feeds, graph.input_specs(model))
-    errors = layer_errors(model, plan, samples, config(), events.append)
+    errors = layer_errors(model, plan, samples, Run(config(), events.append))
     assert list(errors) == [layer.node for layer in plan.layers]
     for of_layer in errors.values():
         assert list(of_layer) == [2, 3, 4, 5, 6, 8]
@@ -75,7 +76,7 @@ def test_errors_fall_with_the_bits_and_are_told_for_every_layer() -> None:
         assert 1e-9 < of_layer[8] < of_layer[2] < 10
     assert [event.done for event in events] == list(range(1, len(plan.layers) + 1))
     assert {event.stage for event in events} == {"measure"}
-    again = layer_errors(model, plan, samples, config(batch_size=7), lambda event: None)
+    again = layer_errors(model, plan, samples, Run(config(batch_size=7)))
     for node, of_layer in errors.items():
         assert again[node] == pytest.approx(of_layer, rel=0.05)
 

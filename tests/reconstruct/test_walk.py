@@ -28,7 +28,7 @@ from onnx_attnround.reconstruct import walk
 from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.cuts import cut, raw_names
 from onnx_attnround.reconstruct.layerwise import round_plain
-from onnx_attnround.reconstruct.walk import BlockBatch, BlockWalk, Walk
+from onnx_attnround.reconstruct.walk import BlockBatch, BlockWalk, Place, Walk
 from onnx_attnround.records import Array, LayerRounding, QuantParams, QuantPlan
 from onnx_attnround.runtime.device import CPU, fetched, run_on
 from onnx_attnround.runtime.session import open_session
@@ -70,10 +70,8 @@ class Setup:
             self.quantised,
             self.plan.layers,
             self.samples,
-            batch_size=BATCH,
-            store=store,
-            threads=1,
-            device=CPU,
+            BATCH,
+            Place(store, CPU, 1),
         )
 
     def reads(self) -> tuple[list[str], list[str]]:
@@ -259,7 +257,7 @@ def test_samples_are_read_once() -> None:
 
     with ActivationStore(1 << 20) as store:
         it = Walk(setup.model, setup.quantised, setup.plan.layers, Counted(),
-                  batch_size=3, store=store, threads=1, device=CPU)  # fmt: skip
+                  3, Place(store, CPU, 1))  # fmt: skip
         for index in range(len(setup.plan.layers)):
             it.advance(index)
             assert sum(len(x) for x, _ in it.inputs(index)) == SAMPLES
@@ -335,7 +333,7 @@ def test_blocks_read_what_they_read_in_the_models_run_whole(name: str, act_bits:
     with Watched() as store:
         it = BlockWalk(
             setup.model, setup.quantised, blocks, setup.samples,
-            batch_size=BATCH, store=store, threads=1, device=CPU,
+            BATCH, Place(store, CPU, 1),
         )  # fmt: skip
         for index, block in enumerate(blocks):
             it.advance(index)
@@ -395,7 +393,7 @@ def test_blocks_have_the_rows_and_draws_of_the_float_model(name: str) -> None:
     with ActivationStore(1 << 20) as store:
         it = BlockWalk(
             setup.model, setup.quantised, blocks, setup.samples,
-            batch_size=BATCH, store=store, threads=1, device=CPU,
+            BATCH, Place(store, CPU, 1),
         )  # fmt: skip
         for index in range(len(blocks)):
             it.advance(index)

@@ -130,7 +130,7 @@ def test_an_unknown_device_is_one_clear_error() -> None:
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """In place of a GPU, and used."""
     before = Far.operators
-    for module in (device, layerwise, blockwise, sensitivity, walk):
+    for module in (device, layerwise, sensitivity, walk):
         monkeypatch.setattr(module, "open_device", lambda name: DEVICE if name == "cuda" else CPU)
     monkeypatch.setattr(walk, "run_on", run_on_far(run_on))
     monkeypatch.setattr(methods, "RESAMPLES", 2)  # each operator takes its time there
