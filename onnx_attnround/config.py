@@ -6,20 +6,16 @@ JSON schema and ``docs/config.md`` follow from the fields of :class:`QuantConfig
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_serializer,
     field_validator,
@@ -29,14 +25,8 @@ from pydantic.fields import FieldInfo
 
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.presets import Preset, expanded
-from onnx_attnround.targets import (
-    TARGETS,
-    BlockSize,
-    Target,
-    WeightStorage,
-    get_target,
-    read_toml,
-)
+from onnx_attnround.settings import Settings, read_toml
+from onnx_attnround.targets import TARGETS, BlockSize, Target, WeightStorage, get_target
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 ActBits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
@@ -51,22 +41,6 @@ _WHOLE = BeforeValidator(_whole)
 
 SECTIONS = ("Samples", "Bits", "Method and target", "Run and result")
 _SAMPLES, _BITS, _METHOD, _RUN = SECTIONS
-
-
-class Settings(BaseModel):
-    """A frozen record of choices; a mistake is a ``ConfigError`` of one line, however it is made.
-
-    ``noun`` is what messages call one of the keys.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    noun: ClassVar[str] = "option"
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_first_mistake(error, type(self))) from error
 
 
 def _key(section: str, default: Any, description: str) -> Any:
@@ -407,36 +381,3 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ConfigError(f"config '{path}': '{key}' is given twice, with - and with _")
         keys[key] = value
     return keys
-
-
-def unknown(noun: str, key: str, known: Iterable[str], quote: str = "`") -> str:
-    """What is said of a key that there is not: the one that it resembles, and all."""
-    known = list(known)
-    near = difflib.get_close_matches(key.replace("-", "_"), known, 1, _NEAR)
-    meant = f"did you mean {quote}{near[0]}{quote}? " if near else ""
-    return f"unknown {noun} {quote}{key}{quote}: {meant}expected one of {', '.join(known)}"
-
-
-_NEAR = 0.55  # of 1, which is equal: "evaluation" is meant to be near "eval"
-
-
-def _first_mistake(error: ValidationError, settings: type[Settings]) -> str:
-    first = error.errors()[0]
-    key, *within = first["loc"] or ("",)
-    if first["type"] == "extra_forbidden":
-        return unknown(settings.noun, str(key), settings.model_fields)
-    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
-    if not key:
-        return message
-    place = "" if _is_union(settings, key) else "".join(map(_place, within))
-    return f"{settings.noun} `{key}`{place}: {message}, got {first['input']!r}"
-
-
-def _is_union(settings: type[Settings], key: object) -> bool:
-    """Whether the key takes several types, whose names pydantic then adds to the place."""
-    field = settings.model_fields.get(str(key))
-    return field is not None and get_origin(field.annotation) in (Union, UnionType)
-
-
-def _place(within: int | str) -> str:
-    return f", item {within + 1}" if isinstance(within, int) else f", '{within}'"

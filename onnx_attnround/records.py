@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_attnround.numerics import decibels
 from onnx_attnround.targets import Target
 
 Array = NDArray[Any]
@@ -232,9 +233,7 @@ class BlockRounding:
         """A word on the outcome."""
         if self.error_before is None or self.error_after is None:
             return f"left as it was: {self.skipped}"
-        before, after = (
-            10 * np.log10(max(error, 1e-30)) for error in (self.error_before, self.error_after)
-        )
+        before, after = decibels(self.error_before), decibels(self.error_after)
         return f"{before:.1f} dB → {after:.1f} dB"
 
 

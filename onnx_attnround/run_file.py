@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from onnx_attnround.config import PYPROJECT, TABLE, QuantConfig, Settings, read_config, unknown
+from onnx_attnround.config import PYPROJECT, TABLE, QuantConfig, read_config
 from onnx_attnround.errors import ConfigError
+from onnx_attnround.settings import Settings, unknown
 
 
 class RunFiles(Settings):

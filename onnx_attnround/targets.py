@@ -6,9 +6,6 @@ A target is a literal of ``TARGETS``, or a TOML file with the fields of
 
 from __future__ import annotations
 
-import difflib
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -16,11 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from onnx_attnround.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from onnx_attnround.settings import first_mistake, read_toml, unknown
 
 WeightStorage = Literal["packed", "packed2", "int8", "int4"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "qnn"]
@@ -233,45 +226,20 @@ def get_target(choice: str | Target) -> Target:
     if choice.endswith(".toml"):
         return _read(Path(choice))
     if choice not in TARGETS:
-        near = difflib.get_close_matches(choice, TARGETS, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"unknown target '{choice}': {meant}expected one of {', '.join(TARGETS)}, or a .toml "
-            "file"
-        )
+        raise ConfigError(unknown("target", choice, TARGETS, "'") + ", or a .toml file")
     return TARGETS[choice]
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The content of a TOML file; raises ``ConfigError`` that calls it ``what``."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot read {what} '{path}': {error}") from error
 
 
 def _read(path: Path) -> Target:
     given = read_toml(path, "target")
     base = given.pop("base", None)
     if base is not None and base not in TARGETS:
-        known = ", ".join(TARGETS)
-        raise ConfigError(f"target '{path}': unknown base '{base}': expected one of {known}")
+        raise ConfigError(f"target '{path}': " + unknown("base", str(base), TARGETS, "'"))
     inherited = {} if base is None else TARGETS[base].plain()
-    return _validated({**inherited, "name": path.stem, **given}, path)
-
-
-def _validated(values: Mapping[str, Any], path: Path) -> Target:
     try:
-        return TypeAdapter(Target).validate_python(dict(values))
+        return TypeAdapter(Target).validate_python({**inherited, "name": path.stem, **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "unexpected_keyword_argument":
-            known = ", ".join(field.name for field in fields(Target))
-            message = f"unknown key '{key}': expected base or one of {known}"
-        elif first["type"] == "missing":
-            message = f"'{key}' is missing: give it, or a base among {', '.join(TARGETS)}"
-        else:
-            reason = first["msg"].removeprefix("Value error, ")
-            message = f"'{key}': {reason}, got {first['input']!r}"
-        raise ConfigError(f"target '{path}': {message}") from error
+        keys = ["base", *(field.name for field in fields(Target))]
+        mistake = first_mistake(error, "key", keys)
+        remedy = "" if base else f"; a `base` among {', '.join(TARGETS)} has all that is not given"
+        raise ConfigError(f"target '{path}': {mistake}{remedy}") from error

@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder, or a module beside the folders, imports only from those of a lower level.
 _NAMES = (
-    "errors version",
+    "errors numerics version",
+    "settings",
     "targets presets",
     "records config",
     "ops graph samples",

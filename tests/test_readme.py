@@ -19,7 +19,8 @@ from onnx_attnround.calibrate import OBSERVERS
 from onnx_attnround.cli.commands import COMMANDS, app
 from onnx_attnround.cli.options import Request
 from onnx_attnround.samples.preprocess import PREPROCESS, Preprocess
-from onnx_attnround.targets import TARGETS, tomllib
+from onnx_attnround.settings import tomllib
+from onnx_attnround.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from onnx_attnround.errors import CalibrationError
+from onnx_attnround.numerics import golden_places
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams, QuantSpec, TensorStats
 
@@ -26,7 +27,6 @@ PERCENTILE = 0.9999
 """The share of elements within the range of the percentile observer."""
 
 _LEAST_EXPONENT = -1000  # so that float64 holds the width of a bin and its inverse
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 Range = tuple[float, float]
 Ends = tuple[bool, bool]
@@ -272,7 +272,7 @@ def _subset(rows: Array, first: int) -> Array:
     if count <= PER_SAMPLE:
         return rows.ravel()
     start = np.arange(PER_SAMPLE) * count // PER_SAMPLE
-    phase = (np.arange(first, first + len(rows)) * _GOLDEN) % 1.0
+    phase = golden_places(first, len(rows))
     shift = (phase * (count // PER_SAMPLE)).astype(np.int64) + np.arange(len(rows)) * count
     subset: Array = rows.ravel()[start + shift[:, None]].ravel()
     return subset
@@ -286,8 +286,8 @@ def _divergence(hist: Array, start: int, stop: int, levels: int) -> float:
     clipped[-1] += hist[stop:].sum()
     level = np.arange(len(inner)) * levels // len(inner)
     occupied = np.bincount(level, inner > 0, levels)
-    spread = np.bincount(level, inner, levels) / np.maximum(occupied, 1)
-    merged = np.where(inner > 0, spread[level], 0.0)
+    mean = np.bincount(level, inner, levels) / np.maximum(occupied, 1)
+    merged = np.where(inner > 0, mean[level], 0.0)
     if not merged.any():
         return math.inf
     seen = clipped > 0

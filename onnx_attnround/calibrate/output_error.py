@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import raise_opset
+from onnx_attnround.numerics import TINY
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams
 from onnx_attnround.runtime.session import open_session, run_on_samples
@@ -41,7 +42,6 @@ NEGLIGIBLE = 1e-6
 KEPT = 0.5
 """An extreme that keeps less than this share of its distance from its slice's mean is lost."""
 
-_TINY = 1e-30
 Grid = tuple[float, float, float]
 """Scale, and the lowest and highest level in steps from zero."""
 
@@ -266,8 +266,8 @@ class _Along:
         found = [flat.argmax(1), flat.argmin(1)]
         at = np.arange(len(flat))
         return cls(
-            powers=np.maximum(np.square(expected).sum(2).mean(0), _TINY),
-            squares=np.maximum((expected**4).sum(2).mean(0), _TINY),
+            powers=np.maximum(np.square(expected).sum(2).mean(0), TINY),
+            squares=np.maximum((expected**4).sum(2).mean(0), TINY),
             counted=np.abs(flat).max(1) > FAINT * largest,
             means=flat.mean(1),
             extremes=tuple((place, flat[at, place]) for place in found),

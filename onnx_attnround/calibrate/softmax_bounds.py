@@ -18,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.graph import is_standard
 from onnx_attnround.records import Array
 
 Limits = tuple[float, float]
@@ -217,7 +218,7 @@ def _bounded(graph: ir.Graph) -> set[ir.Value]:
 
 def _leads_on(node: ir.Node, index: int, bounded: Collection[ir.Value]) -> bool:
     """Whether input ``index`` of ``node`` is bounded, if its outputs are."""
-    if node.domain not in ("", "ai.onnx"):
+    if not is_standard(node):
         return False
     if node.op_type == "Softmax":
         return True

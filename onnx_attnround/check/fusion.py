@@ -16,6 +16,7 @@ from onnx_attnround.check import openvino_session
 from onnx_attnround.check.view import DEQUANTISE, Layer, View
 from onnx_attnround.check.why_float import reason
 from onnx_attnround.errors import ModelError, OutputError
+from onnx_attnround.graph import attributes_of
 from onnx_attnround.graph.scratch import scratch
 from onnx_attnround.ops import count_macs
 from onnx_attnround.runtime.session import open_session
@@ -110,8 +111,7 @@ def _macs(layer: Layer) -> int | None:
     x, weight, y = (_shape(value) for value in (node.inputs[0], node.inputs[1], node.outputs[0]))
     if weight is None or None in weight:
         return None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    return count_macs(node.op_type, attributes, [d for d in weight if d is not None], x, y)
+    return count_macs(node.op_type, attributes_of(node), [d for d in weight if d is not None], x, y)
 
 
 def _shape(value: ir.Value | None) -> tuple[int | None, ...] | None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, constant
+from onnx_attnround.graph import attributes_of
 from onnx_attnround.ops import WEIGHTED_OPS
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -101,8 +102,7 @@ def weight_axis(view: View) -> Found:
         link = layer.weight
         if link is None or link.per_tensor or link.blocked:
             continue
-        attributes = {name: item.value for name, item in layer.node.attributes.items()}
-        axis = WEIGHTED_OPS[layer.node.op_type].channel_axis(attributes)
+        axis = WEIGHTED_OPS[layer.node.op_type].channel_axis(attributes_of(layer.node))
         data = link.node.inputs[0]
         rank = len(data.shape) if data is not None and data.shape is not None else 0
         if (link.axis + rank if link.axis < 0 else link.axis) != axis:

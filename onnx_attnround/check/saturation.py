@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.check.rules import Finding, Found, Rule
 from onnx_attnround.check.view import View, constant
+from onnx_attnround.graph import attributes_of
 from onnx_attnround.ops import is_depthwise
 from onnx_attnround.records import Array
 from onnx_attnround.targets import INT16_MAX
@@ -85,7 +85,7 @@ def _products(view: View) -> Iterator[_Product]:
 
 def _largest_pair(product: _Product, codes: Array) -> int:
     """The largest magnitude of the sum of two codes of one sign in a row; 0 if none are added."""
-    attributes: dict[str, Any] = {n: a.value for n, a in product.node.attributes.items()}
+    attributes = attributes_of(product.node)
     if is_depthwise(product.op_type, attributes, codes.shape):
         return 0
     if product.op_type == "Conv":

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnx_attnround import graph
 from onnx_attnround.errors import ModelError
+from onnx_attnround.graph import is_standard
 from onnx_attnround.ops import WEIGHTED_OPS
 from onnx_attnround.records import Array
 from onnx_attnround.targets import Target
@@ -92,7 +93,7 @@ class View:
     @cached_property
     def links(self) -> tuple[Link, ...]:
         """All Q and DQ nodes, in the order of the graph."""
-        standard = (node for node in self.model.graph.all_nodes() if node.domain in ("", "ai.onnx"))
+        standard = (node for node in self.model.graph.all_nodes() if is_standard(node))
         return tuple(_link(node) for node in standard if node.op_type in (QUANTISE, DEQUANTISE))
 
     @cached_property

@@ -19,10 +19,12 @@ from onnx_attnround.graph.choices import (
 from onnx_attnround.graph.constants import in_files
 from onnx_attnround.graph.digest import digest_of, model_digest
 from onnx_attnround.graph.editing import (
+    attributes_of,
     copy_signature,
     in_memory,
     input_specs,
     is_read_once,
+    is_standard,
     name_nodes,
     only_reader,
     reason,
@@ -42,6 +44,7 @@ from onnx_attnround.graph.saving import (
 )
 
 __all__ = [
+    "attributes_of",
     "check_output",
     "choices",
     "copy_signature",
@@ -54,6 +57,7 @@ __all__ = [
     "input_specs",
     "is_discrete",
     "is_read_once",
+    "is_standard",
     "least_ir_version",
     "load",
     "model_digest",

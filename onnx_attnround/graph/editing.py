@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import count
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -36,6 +37,16 @@ def tensor_value(model: ir.Model, name: str) -> Array:
     if value is None or value.const_value is None:
         raise ModelError(f"tensor '{name}' is not a constant of the model; give an initializer")
     return value.const_value.numpy()
+
+
+def is_standard(node: ir.Node | onnx.NodeProto) -> bool:
+    """Whether the operator is one of ONNX itself."""
+    return node.domain in ("", "ai.onnx")
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """The attributes of a node as plain Python values."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:

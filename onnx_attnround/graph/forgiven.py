@@ -10,6 +10,8 @@ from itertools import count
 import numpy as np
 import onnx
 
+from onnx_attnround.graph.editing import is_standard
+
 Nodes = list[onnx.NodeProto]  # of a graph or a function; protobuf's own lists do as well
 
 _GROUP_NORM = "GroupNormalization"
@@ -141,7 +143,7 @@ def _replace_group_norms(nodes: Nodes, opset: int) -> bool:
     """Each GroupNormalization with a scale per group as an InstanceNormalization of groups."""
     if opset not in _GROUP_SCALES:
         return False
-    old = [node.op_type == _GROUP_NORM and node.domain in ("", "ai.onnx") for node in nodes]
+    old = [node.op_type == _GROUP_NORM and is_standard(node) for node in nodes]
     if any(old):
         fresh = _namer(nodes)
         pairs = zip(nodes, old, strict=True)

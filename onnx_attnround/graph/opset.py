@@ -7,7 +7,13 @@ import onnx_ir as ir
 from onnx import version_converter
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph.editing import copy_signature, name_nodes, reason, through_proto
+from onnx_attnround.graph.editing import (
+    copy_signature,
+    is_standard,
+    name_nodes,
+    reason,
+    through_proto,
+)
 
 _RESIZE_COORDINATES = 11  # the opset that gave Resize its coordinate modes
 
@@ -54,7 +60,7 @@ def least_ir_version(model: ir.Model) -> int:
 
 def _same_interface(node: ir.Node, old: int, new: int) -> bool:
     """Whether the node's operator differs between two opsets in type constraints at most."""
-    if node.domain not in ("", "ai.onnx"):
+    if not is_standard(node):
         return True
     try:
         before = onnx.defs.get_schema(node.op_type, old)
@@ -118,6 +124,6 @@ def _keep_names(old: ir.Model, new: ir.Model) -> None:
 def _keep_resize_coordinates(model: ir.Model) -> None:
     """Set what Resize and Upsample did before opset 11; the converter leaves the new default."""
     for node in model.graph.all_nodes():
-        if node.op_type == "Resize" and node.domain == "":
+        if node.op_type == "Resize" and is_standard(node):
             node.attributes.add(ir.AttrString("coordinate_transformation_mode", "asymmetric"))
             node.attributes.add(ir.AttrString("nearest_mode", "floor"))

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.graph import is_read_once
+from onnx_attnround.graph import is_read_once, is_standard
 from onnx_attnround.ops import clip_bounds
-from onnx_attnround.plan.layers import is_standard, is_weighted, name_of
+from onnx_attnround.plan.layers import is_weighted, name_of
 from onnx_attnround.plan.patterns import NodeChoice, tensor_names, values_for
 from onnx_attnround.records import LayerPlan, QuantSpec
 from onnx_attnround.targets import Target

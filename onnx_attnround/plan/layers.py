@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
+from onnx_attnround.graph import attributes_of, is_standard
 from onnx_attnround.ops import WEIGHTED_OPS, count_macs
 from onnx_attnround.plan.patterns import NodeChoice
 from onnx_attnround.records import LayerPlan, QuantSpec
@@ -88,7 +89,7 @@ def _refusal(node: ir.Node, choice: NodeChoice) -> str | None:
         return f"weight '{weight.name}' is {tensor.dtype.name}: FLOAT is handled"
     if node.inputs[0] is None or node.inputs[0].const_value is not None:
         return "its input is a constant"
-    attributes = _attributes(node)
+    attributes = attributes_of(node)
     op = WEIGHTED_OPS[node.op_type]
     shape = _static(tensor)
     reason = op.rank_error(attributes, shape)
@@ -128,10 +129,6 @@ def _bias_refusal(node: ir.Node) -> str | None:
     return None if finite else f"bias '{bias.name}' holds NaN or Inf"
 
 
-def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}
-
-
 def _static(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     return tuple(d for d in tensor.shape if isinstance(d, int))
 
@@ -152,7 +149,7 @@ def _layer(node: ir.Node, config: QuantConfig, target: Target) -> LayerPlan:
     y = node.outputs[0]
     if x is None or weight is None or weight.const_value is None:
         raise ModelError(f"node '{name_of(node)}': its input or weight is missing")
-    attributes = _attributes(node)
+    attributes = attributes_of(node)
     op = WEIGHTED_OPS[node.op_type]
     per_tensor = node.op_type in target.per_tensor
     axis = None if per_tensor else op.channel_axis(attributes)
@@ -202,8 +199,3 @@ def mark_ends(
         replace(layer, first_or_last=layer.x not in seen_by_input or layer.y not in leads_on)
         for layer in layers
     ]
-
-
-def is_standard(node: ir.Node) -> bool:
-    """Whether the operator is one of ONNX itself."""
-    return node.domain in ("", "ai.onnx")

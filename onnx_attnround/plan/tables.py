@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
+from onnx_attnround.graph import is_standard
 from onnx_attnround.plan.patterns import NodeChoice
 from onnx_attnround.records import TABLE_BLOCK
 from onnx_attnround.targets import Target
@@ -33,7 +34,7 @@ def find_tables(
 
 
 def _looks_up(node: ir.Node) -> bool:
-    table = node.inputs[0] if node.op_type == "Gather" and node.domain in ("", "ai.onnx") else None
+    table = node.inputs[0] if node.op_type == "Gather" and is_standard(node) else None
     tensor = None if table is None or not table.is_initializer() else table.const_value
     return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) > 1
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from onnx_attnround.numerics import TINY
 from onnx_attnround.records import Array, QuantParams, QuantSpec
-
-NOTHING = 1e-30
-"""The width of a range that is none: scales are normal float32 numbers, also of 16 bits."""
 
 
 def quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int) -> Any:
@@ -45,7 +43,7 @@ def params_from_range(spec: QuantSpec, lo: float, hi: float) -> QuantParams:
     """
     lo, hi = (lo, hi) if spec.fixed_range is None else spec.fixed_range
     lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
-    if hi - lo < NOTHING:
+    if hi - lo < TINY:  # a narrower range would have a scale that float32 cannot hold
         lo, hi = 0.0, 1.0
     hi = max(hi, lo + spec.least_range)
     centre = 0 if spec.signed else (spec.qmax + 1) // 2

@@ -24,6 +24,7 @@ from onnx_attnround import qdq
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run, Units
 from onnx_attnround.errors import ModelError
+from onnx_attnround.numerics import TINY
 from onnx_attnround.reconstruct.layer_groups import Block, find_blocks
 from onnx_attnround.reconstruct.layerwise import (
     moments_of,
@@ -275,8 +276,8 @@ def _relative(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     finite = wanted.isfinite()
     if not bool(finite.all()):
         output, wanted = output[finite], wanted[finite]
-        return (output - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)
-    return (output - wanted).square().mean() / wanted.square().mean().clamp_min(1e-30)
+        return (output - wanted).square().sum() / wanted.square().sum().clamp_min(TINY)
+    return (output - wanted).square().mean() / wanted.square().mean().clamp_min(TINY)
 
 
 def _update(quantised: ir.Model, plan: QuantPlan, result: Refined, block: Block) -> None:

@@ -13,6 +13,7 @@ import torch
 from onnx_attnround import qdq
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run, Units
+from onnx_attnround.numerics import TINY, decibels
 from onnx_attnround.ops import weight_matrix, weight_tensor
 from onnx_attnround.qdq.arithmetic import spread
 from onnx_attnround.reconstruct.shared_weights import Batches, moments_ahead, one_bias
@@ -73,7 +74,7 @@ class Layer:
         ``error`` gives that of the layer's output for a change ``[g, o, d]`` of the weight, per
         row; ``power`` is the variance of the output, or what else errors are a share of.
         """
-        scale, power = self._scales(solution.scale), max(power, 1e-30)
+        scale, power = self._scales(solution.scale), max(power, TINY)
         change = solution.codes * solution.scale - self.weight
         return LayerRounding(
             weight=self.plan.weight,
@@ -331,7 +332,7 @@ def follow(layer: Layer, moments: Moments, rounding: LayerRounding) -> LayerRoun
     nearest = (layer.weight / scale).round().clamp(spec.qmin, spec.qmax)
     plain, delta = (each * scale - layer.weight for each in (nearest, codes))
     bias = None if layer.bias is None else layer.bias + mean_error(layer.weight, delta, moments)
-    power = max(float(moments.signal.sum()), 1e-30)
+    power = max(float(moments.signal.sum()), TINY)
     return replace(
         rounding,
         bias=layer.written(bias),
@@ -341,11 +342,8 @@ def follow(layer: Layer, moments: Moments, rounding: LayerRounding) -> LayerRoun
 
 
 def _outcome(layer: LayerPlan, rounding: LayerRounding) -> str:
-    nearest, final = (
-        f"{10 * np.log10(max(mse, 1e-30)):.1f} dB"
-        for mse in (rounding.mse_nearest, rounding.mse_final)
-    )
-    return f"{layer.node}  {rounding.spec.bits} bits  {nearest} → {final}"
+    nearest, final = decibels(rounding.mse_nearest), decibels(rounding.mse_final)
+    return f"{layer.node}  {rounding.spec.bits} bits  {nearest:.1f} dB → {final:.1f} dB"
 
 
 def open_layer(

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run, Units
 from onnx_attnround.graph import choices, take_choices, tensor_value, with_outputs
+from onnx_attnround.numerics import TINY
 from onnx_attnround.qdq.arithmetic import dequantize, spread
 from onnx_attnround.reconstruct.layerwise import (
     Layer,
@@ -92,7 +93,7 @@ def _costs(
         for bits in {*config.bit_choices, PROBE_BITS}
     }
     usual = roundings[PROBE_BITS]
-    share = probe.error(layer.plan, usual) / max(usual.mse_final, 1e-30)
+    share = probe.error(layer.plan, usual) / max(usual.mse_final, TINY)
     return {bits: share * roundings[bits].mse_final for bits in config.bit_choices}
 
 
@@ -119,7 +120,7 @@ class _Probe:
         for feeds, expected in zip(self._feeds, self._expected, strict=True):
             got = self._run({**feeds, **replaced})
             sums += [_powers(*pair) for pair in zip(got, expected, strict=True)]
-        return float((sums[:, 0] / np.maximum(sums[:, 1], 1e-30)).sum())
+        return float((sums[:, 0] / np.maximum(sums[:, 1], TINY)).sum())
 
     def _run(self, feeds: Feeds) -> list[Array]:
         return run_on_samples(self._session, self._names, feeds)

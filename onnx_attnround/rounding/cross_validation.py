@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from onnx_attnround.numerics import TINY
 from onnx_attnround.rounding.gram import Gram
 from onnx_attnround.rounding.methods import descend
 from onnx_attnround.rounding.moments import Moments
@@ -26,7 +27,6 @@ from onnx_attnround.rounding.objective import Objective, search_scale
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # white noise on the inputs, relative to their mean power
 UNCORRELATED = 100.0  # a ridge beside which the inputs are as good as uncorrelated
 TRIAL_ROWS = 32  # of a layer, that are rounded to choose the ridge of all
-_TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def correct(moments: Moments) -> Correction:
     for ridge in RIDGES if moments.folds else ():
         fits = [fold.gram.ridged(ridge).solve(fold.linear) for fold in moments.folds]
         pull, power = _judged(fits, moments.folds)
-        own, common = pull / power.clamp_min(_TINY), pull.sum() / power.sum().clamp_min(_TINY)
+        own, common = pull / power.clamp_min(TINY), pull.sum() / power.sum().clamp_min(TINY)
         share = ((own + common) / 2).clamp(0.0, 1.0)
         saved = float((share * (2 * pull - share * power)).sum())
         if saved > most:
@@ -146,9 +146,9 @@ def mean_error(weight: torch.Tensor, delta: torch.Tensor, moments: Moments) -> t
     if not moments.folds:
         return mean
     first, second = (_mean_error(weight, delta, fold) for fold in moments.folds)
-    variance = moments.error(delta).clamp_min(_TINY)
+    variance = moments.error(delta).clamp_min(TINY)
     uncertainty = ((first - second).square() / (4 * variance)).mean() * variance
-    return mean * (1 - uncertainty / mean.square().clamp_min(_TINY)).clamp_min(0.0)
+    return mean * (1 - uncertainty / mean.square().clamp_min(TINY)).clamp_min(0.0)
 
 
 def _mean_error(weight: torch.Tensor, delta: torch.Tensor, moments: Moments) -> torch.Tensor:

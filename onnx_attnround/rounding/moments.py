@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onnx_attnround.numerics import golden_places
 from onnx_attnround.ops import input_grid
 from onnx_attnround.records import LayerPlan, QuantParams
 from onnx_attnround.rounding.gram import Gram, dense, diagonal, factored
@@ -31,7 +32,6 @@ from onnx_attnround.rounding.gram import Gram, dense, diagonal, factored
 FOLDS = 2
 NEIGHBOURS = 16  # samples in a row that go to one fold, at most: those of a recording are alike
 LEAST_RUNS = 8  # runs of neighbours that few samples are split into
-GOLDEN = 0.6180339887498949
 PER_INPUT = 512  # patches sampled, for each entry of a patch ...
 ENOUGH = 16384  # ... while that is no more than this; then so many, and ...
 LEAST_PER_INPUT = 32  # ... for each entry at least
@@ -202,8 +202,8 @@ def _positions(samples: int, positions: int, seen: int, count: int, depth: int) 
     per_sample = -(-wanted_patches(depth) // max(count, 1))
     if per_sample >= positions:
         return torch.arange(positions).expand(samples, positions)
-    running = np.arange(seen * per_sample, (seen + samples) * per_sample, dtype=np.float64)
-    chosen = np.floor(((running * GOLDEN) % 1.0) * positions).astype(np.int64)
+    places = golden_places(seen * per_sample, samples * per_sample)
+    chosen = np.floor(places * positions).astype(np.int64)
     return torch.from_numpy(chosen.reshape(samples, per_sample))
 
 

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from onnx_attnround.errors import CalibrationError
+from onnx_attnround.numerics import golden_places
 from onnx_attnround.records import Array, InputSpec
 from onnx_attnround.samples.items import Kept, feeds_of
 from onnx_attnround.samples.matching import Part, part_of
 from onnx_attnround.samples.preprocess import Preprocess, Transform, load_preprocess
 from onnx_attnround.samples.sources import LABELS, arrays_of
 from onnx_attnround.samples.streams import Feeds, Stream, length, listed, rows_of
-
-GOLDEN = 0.6180339887498949
 
 __all__ = ["Feeds", "Samples", "keys_of", "open_samples", "read_labels"]
 
@@ -62,7 +61,7 @@ class Samples:
         if not 0 < parted < len(numbers):
             return None
         apart = np.zeros(len(units), bool)
-        apart[units >= 0] = np.isin(index, _spread(parted, len(numbers)))
+        apart[units >= 0] = np.isin(index, _evenly(parted, len(numbers)))
         return self._part(~apart & (units >= 0)), self._part(apart)
 
     def _part(self, chosen: Array) -> Samples:
@@ -225,15 +224,14 @@ def keys_of(source: object) -> list[str]:
     return list(arrays_of(source))
 
 
-def _spread(count: int, number: int) -> Array:
+def _evenly(count: int, number: int) -> Array:
     """``count`` of the indices below ``number``, ascending: one of each of ``count`` equal runs.
 
-    Where in its run follows the golden ratio, so that no period in the order of the
-    samples (every second one rotated, ten of each class) can favour a kind of them.
+    Where in its run follows the golden ratio, so that no period in the order of the samples
+    can favour a kind of them.
     """
     edges = np.arange(count + 1) * number // count
-    place = (np.arange(count) * GOLDEN) % 1.0
-    chosen: Array = edges[:-1] + (place * np.diff(edges)).astype(np.int64)
+    chosen: Array = edges[:-1] + (golden_places(0, count) * np.diff(edges)).astype(np.int64)
     return chosen
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from onnx_attnround.config import Settings, read_config
 from onnx_attnround.errors import CalibrationError, ConfigError
 from onnx_attnround.records import Array
+from onnx_attnround.settings import Settings, read_toml
 
 Transform = Callable[[Any], Any]
 """What makes inputs of an item of an iterable, in place of a :class:`Preprocess`."""
@@ -175,7 +175,7 @@ def load_preprocess(
             f"unknown preprocessing '{choice}': expected one of {', '.join(PREPROCESS)}, "
             f"or a TOML file with keys among {', '.join(Preprocess.model_fields)}"
         )
-    keys = read_config(path)
+    keys = read_toml(path, "preprocessing")
     try:
         return Preprocess.model_validate(keys)
     except ConfigError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from onnx_attnround.errors import ModelError
+from onnx_attnround.graph import is_standard
 from onnx_attnround.shadow.common import Inputs, Op, to_torch
 from onnx_attnround.shadow.table import HOST_INPUTS, OPS
 
@@ -171,7 +172,7 @@ def _label(node: ir.Node) -> str:
 
 
 def _has_forward(node: ir.Node) -> bool:
-    return node.domain in ("", "ai.onnx") and node.op_type in OPS
+    return is_standard(node) and node.op_type in OPS
 
 
 def _opset(graph: ir.Graph) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.graph import is_standard
 from onnx_attnround.records import Array
 from onnx_attnround.simplify.batch_norm import bias_of, layer_behind, scale_outputs
 from onnx_attnround.simplify.constants import constant, replace_constant, take_over_output
@@ -24,7 +25,7 @@ def fold_affine(model: ir.Model) -> int:
 
 
 def _is_affine(node: ir.Node) -> bool:
-    return node.domain == "" and node.op_type in _OPS and len(node.inputs) == 2
+    return is_standard(node) and node.op_type in _OPS and len(node.inputs) == 2
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> bool:

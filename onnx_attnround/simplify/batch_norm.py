@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.graph import is_read_once
+from onnx_attnround.graph import is_read_once, is_standard
 from onnx_attnround.qdq.arithmetic import channel_view
 from onnx_attnround.records import Array
 from onnx_attnround.simplify.constants import constant, replace_constant, take_over_output
@@ -49,13 +49,13 @@ def _is_fixed(norm: ir.Node) -> bool:
     training = norm.attributes.get_int("training_mode", 0) or any(
         output.name for output in norm.outputs[1:]
     )
-    return norm.domain == "" and not training and norm.attributes.get_int("spatial", 1) == 1
+    return is_standard(norm) and not training and norm.attributes.get_int("spatial", 1) == 1
 
 
 def layer_behind(y: ir.Value | None) -> ir.Node | None:
     """The layer that makes ``y``, if one node alone reads that."""
     layer = None if y is None else y.producer()
-    if y is None or layer is None or layer.domain != "" or layer.op_type not in _LAYERS:
+    if y is None or layer is None or not is_standard(layer) or layer.op_type not in _LAYERS:
         return None
     return layer if is_read_once(y) else None
 

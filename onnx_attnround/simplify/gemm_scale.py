@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnx_attnround.graph import is_standard
 from onnx_attnround.simplify.constants import constant, replace_constant
 
 
@@ -12,7 +13,7 @@ def fold_gemm_scale(model: ir.Model) -> int:
 
     A factor whose matrix is not constant stays.
     """
-    return sum(_fold(node) for node in model.graph if node.op_type == "Gemm" and node.domain == "")
+    return sum(_fold(node) for node in model.graph if node.op_type == "Gemm" and is_standard(node))
 
 
 def _fold(gemm: ir.Node) -> bool:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.graph import is_read_once
+from onnx_attnround.graph import is_read_once, is_standard
 from onnx_attnround.ops import clip_bounds
 from onnx_attnround.simplify.affine import move_into
 from onnx_attnround.simplify.batch_norm import layer_behind
@@ -32,7 +32,7 @@ def fold_layer_hard_sigmoid(model: ir.Model) -> int:
 
     Of a layer whose output nobody else reads.
     """
-    gates = [node for node in model.graph if node.op_type == "HardSigmoid" and node.domain == ""]
+    gates = [node for node in model.graph if node.op_type == "HardSigmoid" and is_standard(node)]
     return sum(_fold_into_layer(model, node) for node in gates)
 
 
@@ -92,7 +92,7 @@ def _gate(last: ir.Node) -> tuple[ir.Value, float, float] | None:
 
 def _bounded(last: ir.Node) -> tuple[ir.Value | None, float, float]:
     """What is bounded, by what: by a Clip, or by Min of Max or of Relu, or the other way."""
-    if last.domain != "":
+    if not is_standard(last):
         return None, math.nan, math.nan
     if last.op_type in ("Clip", "Relu"):
         low, high = clip_bounds(last)
@@ -118,7 +118,7 @@ def _scaled(gate: ir.Value, height: float) -> tuple[ir.Node, ir.Value] | None:
     reader = gate.consumers()[0]
     if _divides(reader, height, gate):
         return reader, gate
-    if reader.op_type != "Mul" or reader.domain != "" or reader.inputs[0] is reader.inputs[1]:
+    if reader.op_type != "Mul" or not is_standard(reader) or reader.inputs[0] is reader.inputs[1]:
         return None
     product = reader.outputs[0]
     if is_read_once(product) and _divides(product.consumers()[0], height, product):
@@ -134,7 +134,7 @@ def _scaled(gate: ir.Value, height: float) -> tuple[ir.Node, ir.Value] | None:
 def _divides(node: ir.Node, height: float, value: ir.Value) -> bool:
     """Whether the node is ``value / height`` or ``value * (1 / height)``."""
     number, other = _number_and_other(node)
-    if number is None or other is not value or node.domain != "":
+    if number is None or other is not value or not is_standard(node):
         return False
     if node.op_type == "Div":
         return node.inputs[0] is value and math.isclose(number, height, rel_tol=_NEAR)
@@ -154,7 +154,7 @@ def _take_out(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
 def _only_maker(value: ir.Value | None) -> ir.Node | None:
     """The standard node that makes ``value``, if one input of one node reads it."""
     node = None if value is None else value.producer()
-    if value is None or node is None or node.domain != "" or not is_read_once(value):
+    if value is None or node is None or not is_standard(node) or not is_read_once(value):
         return None
     return node
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.graph import is_read_once
+from onnx_attnround.graph import is_read_once, is_standard
 from onnx_attnround.simplify.constants import constant, replace_constant
 
 
 def give_own_bias(model: ir.Model) -> int:
     """A bias that others read too is copied, and one that a Gemm broadcasts becomes a row."""
-    layers = [node for node in model.graph if node.domain == ""]
+    layers = [node for node in model.graph if is_standard(node)]
     return sum(_give(node) for node in layers if node.op_type in ("Conv", "ConvTranspose", "Gemm"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnx_attnround.graph import is_read_once
+from onnx_attnround.graph import is_read_once, is_standard
 from onnx_attnround.simplify.constants import take_over_output
 
 
@@ -16,7 +16,7 @@ def fold_matmul_bias(model: ir.Model) -> int:
     quantised: a Gemm must have an integer bias then. A MatMul of higher rank runs in
     integer as it is.
     """
-    adds = [node for node in model.graph if node.op_type == "Add" and node.domain == ""]
+    adds = [node for node in model.graph if node.op_type == "Add" and is_standard(node)]
     return sum(
         _fold(model.graph, add, *add.inputs) or _fold(model.graph, add, *reversed(add.inputs))
         for add in adds
@@ -25,7 +25,7 @@ def fold_matmul_bias(model: ir.Model) -> int:
 
 def _fold(graph: ir.Graph, add: ir.Node, product: ir.Value | None, bias: ir.Value | None) -> bool:
     matmul = None if product is None else product.producer()
-    if product is None or matmul is None or matmul.op_type != "MatMul" or matmul.domain != "":
+    if product is None or matmul is None or matmul.op_type != "MatMul" or not is_standard(matmul):
         return False
     x, weight = matmul.inputs
     matrix, row = _constant_shape(weight), _constant_shape(bias)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnx_attnround.errors import ModelError
-from onnx_attnround.graph import reason, through_proto
+from onnx_attnround.graph import is_standard, reason, through_proto
 
 
 def inline_functions(model: ir.Model) -> int:
@@ -51,7 +51,7 @@ def drop_stale_shapes(model: ir.Model) -> int:
     try:
         through_proto(model, infer)
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):
-        nodes = [node for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")]
+        nodes = [node for node in model.graph.all_nodes() if is_standard(node)]
     else:
         return 0
     for value in (value for node in nodes for value in node.outputs):
@@ -80,7 +80,7 @@ def drop_identities(model: ir.Model) -> int:
     """
     dropped = 0
     for node in list(model.graph.all_nodes()):
-        if node.op_type != "Identity" or node.domain != "" or node.graph is None:
+        if node.op_type != "Identity" or not is_standard(node) or node.graph is None:
             continue
         x, y = node.inputs[0], node.outputs[0]
         if x is None or y.is_graph_output():
@@ -97,7 +97,7 @@ def drop_defaults(model: ir.Model) -> int:
     """Dilations of 1 go from an AveragePool: ONNX Runtime's integer kernel knows no dilations."""
     dropped = 0
     for node in model.graph.all_nodes():
-        if node.op_type == "AveragePool" and node.domain in ("", "ai.onnx"):
+        if node.op_type == "AveragePool" and is_standard(node):
             dilations = node.attributes.get_ints("dilations", ())
             if dilations and all(step == 1 for step in dilations):
                 node.attributes.pop("dilations")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from onnx_attnround.calibrate import OBSERVERS
+from onnx_attnround.numerics import TINY
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, LayerPlan, QuantParams, QuantSpec, Smoothing
 from onnx_attnround.smooth.statistics import FOLDS, Statistics
@@ -101,7 +102,7 @@ def _error(
         x = _activations(judged, learned, ends, statistics.group.spec, observer)
         got = x @ _nearest(weight, layer.spec).transpose(1, 2)
         power = float(wanted.square().sum())
-        total += float((got - wanted).square().sum()) / max(power, 1e-30)
+        total += float((got - wanted).square().sum()) / max(power, TINY)
     return total
 
 
@@ -148,7 +149,7 @@ def _nearest(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 def _rounded(rows: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Scales by the largest magnitude, or by a share of it where few bits gain by that."""
-    peak = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / spec.qmax
+    peak = rows.abs().amax(-1, keepdim=True).clamp_min(TINY) / spec.qmax
     best, least = rows, torch.full_like(peak, torch.inf)
     for share in (1.0,) if spec.bits > 6 else (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
         scale = peak * share

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import torch
 
+from onnx_attnround.numerics import golden_places
 from onnx_attnround.ops import input_grid
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.smooth.groups import Group
@@ -17,7 +18,6 @@ KEPT = 1 << 17
 """Elements of a layer's inputs that are kept for the judge, of each fold, at most ..."""
 MOST_ROWS = 256
 """... in so many rows."""
-_GOLDEN = 0.6180339887498949
 
 
 class Statistics:
@@ -57,8 +57,8 @@ class Statistics:
         depth = layer.parameters // _outputs(layer)
         wanted = FOLDS * min(KEPT // depth + 1, MOST_ROWS)
         each = min(-(-wanted // self._samples), grid.count)
-        number = np.arange(self.seen * each, (self.seen + len(grid.x)) * each, dtype=np.float64)
-        places = np.floor((number * _GOLDEN) % 1.0 * grid.count).astype(np.int64)
+        places = golden_places(self.seen * each, len(grid.x) * each)
+        places = np.floor(places * grid.count).astype(np.int64)
         rows = grid.rows(grid.sources(torch.from_numpy(places.reshape(-1, each)))).clone()
         by_sample = rows.reshape(len(rows), -1, each, rows.shape[-1])
         kept = self._rows.setdefault(_patches(layer), [[] for _ in range(FOLDS)])

@@ -160,7 +160,7 @@ def test_the_nearest_pyproject_is_read_where_no_config_is_given(
         ("weigth-bits = 4", "unknown key 'weigth_bits': did you mean 'weight_bits'? "),
         ("evaluation = 'e.npz'", "did you mean 'eval'?"),
         ("weight-bits = 4\nweight_bits = 4", "'weight_bits' is given twice"),
-        ("target = 'tensort'", "unknown target 'tensort': did you mean tensorrt?"),
+        ("target = 'tensort'", "unknown target 'tensort': did you mean 'tensorrt'?"),
         ("preset = 'w4a4'", "option `preset`: "),
         ("calib = 3", "key `calib`: "),
         ("[preprocess]\nsise = 3", "unknown key `sise`: did you mean `size`?"),
