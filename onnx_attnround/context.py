@@ -20,7 +20,8 @@ T = TypeVar("T")
 class Run:
     """The settings of a run, whom it tells of its progress, and what it collects on its way.
 
-    ``seconds`` are told by stage; ``checkpoint`` holds what an earlier run has finished.
+    ``notes`` and ``seconds``, by stage, grow; ``checkpoint`` holds what an earlier run
+    has finished.
     """
 
     config: QuantConfig

@@ -141,7 +141,7 @@ def compare_allocation(options: argparse.Namespace, bits: float) -> None:
             "allocator": "gram",
             "seed": seed,
         })
-        prepared = prepare(Run(usual), _held_out(options, seed))
+        _, prepared = prepare(Run(usual), _held_out(options, seed))
         bounds.append(_most_to_gain(prepared, usual))
         for label, config, errors in _allocations(usual, prepared):
             run = Run(config)

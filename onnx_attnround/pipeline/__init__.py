@@ -109,7 +109,8 @@ def quantize(
     if output is not None:
         graph.check_output(path_of(output), source_of(model))
     given = load(run, model, calibration, evaluation, preprocess)
-    result = finish(run, prepare(run, given), output)
+    run, prepared = prepare(run, given)
+    result = finish(run, prepared, output)
     run.checkpoint.remove()
     return result
 
@@ -206,15 +207,17 @@ def load(
     )
 
 
-def prepare(run: Run, given: Loaded) -> Prepared:
-    """The stages that do not depend on the bits of the layers."""
+def prepare(run: Run, given: Loaded) -> tuple[Run, Prepared]:
+    """The stages that do not depend on the bits of the layers; the run with its work dir.
+
+    Its settings are those that its memory limit has room for.
+    """
     samples = given.samples
     if run.config.work_dir is not None and samples is not None:
         with run.stage("resume"):
-            run.checkpoint = open_checkpoint(
-                run.config.work_dir, given.original, samples, run.config
-            )
-    given, simplified, plan = planned(run, given)
+            checkpoint = open_checkpoint(run.config.work_dir, given.original, samples, run.config)
+            run = replace(run, checkpoint=checkpoint)
+    run, given, simplified, plan = planned(run, given)
     samples = given.samples
     simplified, plan, observers = smooth_model(run, simplified, plan, samples)
     with run.stage("calibrate"):
@@ -224,11 +227,13 @@ def prepare(run: Run, given: Loaded) -> Prepared:
     if samples is not None and run.config.method != "nearest":
         run.notes += few_rows(plan, ranges, samples.count)
     errors = _measure(run, simplified, plan, samples)
-    return Prepared(given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors)
+    return run, Prepared(
+        given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors
+    )
 
 
-def planned(run: Run, given: Loaded) -> tuple[Loaded, ir.Model, QuantPlan]:
-    """The samples in batches that memory has room for, the simplified model, and its plan."""
+def planned(run: Run, given: Loaded) -> tuple[Run, Loaded, ir.Model, QuantPlan]:
+    """Run and samples as memory has room for them, the simplified model, and its plan."""
     with run.stage("simplify"):
         simplified, changes = simplify(given.original)
         run.notes += changes
@@ -237,13 +242,12 @@ def planned(run: Run, given: Loaded) -> tuple[Loaded, ir.Model, QuantPlan]:
         simplified, plan = plan_parted(
             simplified, run.config, quantise_activations=quantise_activations
         )
-        return _within_limit(run, given, simplified, plan), simplified, plan
+        return *_within_limit(run, given, simplified, plan), simplified, plan
 
 
 def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeResult:
     """The stages from the bits of ``run.config`` on; raises ``GateError`` as :func:`quantize`."""
     plan = prepared.plan
-    _within_limit(run, prepared.given, prepared.simplified, plan)
     config = run.config
     allocation = _allocate(prepared.simplified, plan, config, prepared.errors)
     with run.stage("round"):
@@ -295,14 +299,16 @@ def path_of(output: object) -> Path:
     return Path(output)
 
 
-def _within_limit(run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan) -> Loaded:
-    """Let the run take no more memory than its limit; the samples in batches as that allows."""
+def _within_limit(
+    run: Run, given: Loaded, simplified: ir.Model, plan: QuantPlan
+) -> tuple[Run, Loaded]:
+    """The run with settings that its memory limit has room for, and samples in such batches."""
     if (limit := run.config.memory_limit) is None:
-        return given
+        return run, given
     models = given.original, simplified
-    run.config = within_limit(limit, run.config, models, plan, given.samples or given.judged_on)
-    most = run.config.batch_size
-    return replace(
+    config = within_limit(limit, run.config, models, plan, given.samples or given.judged_on)
+    most = config.batch_size
+    return replace(run, config=config), replace(
         given,
         samples=given.samples and given.samples.at_most(most),
         evaluation=given.evaluation and given.evaluation.at_most(most),

@@ -53,9 +53,9 @@ def trade_off(
     shared = Run(configs[0], logged(on_event))
     given = load(shared, model, calibration, evaluation, preprocess)
     comparable(given.judged_on)
-    prepared = prepare(shared, given)
+    shared, prepared = prepare(shared, given)
     points = [
-        _point(_run_of(shared, each), prepared, path)
+        _point(_run_of(shared, each.mean_bits), prepared, path)
         for each, path in zip(configs, outputs, strict=True)
     ]
     points = [replace(point, on_front=_on_front(point, points)) for point in points]
@@ -87,11 +87,11 @@ def with_means(config: QuantConfig, mean_bits: Sequence[float]) -> list[QuantCon
     return configs
 
 
-def _run_of(shared: Run, config: QuantConfig) -> Run:
+def _run_of(shared: Run, mean_bits: float | None) -> Run:
     """A run that goes on from the shared one, its stages named by the mean bits."""
-    label = f"w{config.mean_bits:g}"
+    label = f"w{mean_bits:g}"
     return Run(
-        config,
+        shared.config.model_copy(update={"mean_bits": mean_bits}),
         lambda event: shared.on_event(replace(event, stage=f"{event.stage} {label}")),
         list(shared.notes),
         dict(shared.seconds),
