@@ -30,7 +30,7 @@ _LEAST_EXPONENT = -1000  # so that float64 holds the width of a bin and its inve
 
 Range = tuple[float, float]
 Ends = tuple[bool, bool]
-Found = tuple[float, float, float]
+Candidate = tuple[float, float, float]
 """Error, lower and upper end."""
 
 LOWER, UPPER, BOTH = (True, False), (False, True), (True, True)
@@ -225,7 +225,7 @@ class MeanSquare(Histogram):
         """The mean squared error over the histogram with the grid that ``[lo, hi]`` gives."""
         return float(self._errors([params_from_range(spec, lo, hi)])[0])
 
-    def _search(self, spec: QuantSpec, best: Found, full: Range, ends: Ends) -> Found:
+    def _search(self, spec: QuantSpec, best: Candidate, full: Range, ends: Ends) -> Candidate:
         """Shrink the ``ends`` of ``full``, on a coarse grid and then on a fine one; the rest stays.
 
         Returns ``best`` unless a candidate has less error.

@@ -5,14 +5,14 @@ Each rule was tried on OpenVINO 2026.4.1 (docs/targets.md).
 
 from __future__ import annotations
 
-from onnx_attnround.check.rules import COMMON, Found, Rule, operators_on_integers
+from onnx_attnround.check.rules import COMMON, Findings, Rule, operators_on_integers
 from onnx_attnround.check.saturation import pairs_beyond_int16
 from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, is_zero
 
 _TYPES = {"INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16", "INT32"}
 
 
-def type_not_taken(view: View) -> Found:
+def type_not_taken(view: View) -> Findings:
     """Codes have 4, 8 or 16 bits, those of a bias 32: other types do not load."""
     for link in view.links:
         stored = link.codes if link.stored is None else link.stored
@@ -21,21 +21,21 @@ def type_not_taken(view: View) -> Found:
                 yield link.name, f"{dtype.name} codes: OpenVINO takes 4, 8 and 16 bits"
 
 
-def zero_point_missing(view: View) -> Found:
+def zero_point_missing(view: View) -> Findings:
     """A Q without zero point makes UINT8 codes, whatever reads them: it is always written."""
     for link in view.links:
         if link.node.op_type == QUANTISE and not link.has_point:
             yield link.name, "no zero point: it is taken as UINT8; write it"
 
 
-def scale_of_rank_2(view: View) -> Found:
+def scale_of_rank_2(view: View) -> Findings:
     """Under quantised activations scales are scalar or 1-D: blocks run in float."""
     for layer in view.layers:
         if layer.weight is not None and layer.weight.blocked and layer.x is not None:
             yield layer.name, "block-wise weights under quantised activations run in float"
 
 
-def short_block(view: View) -> Found:
+def short_block(view: View) -> Findings:
     """A block with fewer inputs than the others does not load."""
     for link in view.links:
         data = link.node.inputs[0]
@@ -47,7 +47,7 @@ def short_block(view: View) -> Found:
             )
 
 
-def pad_of_offset_codes(view: View) -> Found:
+def pad_of_offset_codes(view: View) -> Findings:
     """A DQ before a Pad is moved behind it, which then pads with code 0: a wrong value."""
     for node in view.model.graph:
         link = view.dequantised(node.inputs[0]) if node.op_type == "Pad" else None
@@ -58,7 +58,7 @@ def pad_of_offset_codes(view: View) -> Found:
             )
 
 
-def sixteen_bits(view: View) -> Found:
+def sixteen_bits(view: View) -> Findings:
     """16-bit Q/DQ are left out: their readers compute in float, and nothing clips to the range."""
     for link in view.activations(DEQUANTISE):
         if link.codes.name in ("INT16", "UINT16"):

@@ -5,7 +5,7 @@ Each rule was tried on ONNX Runtime 1.31.1 (docs/targets.md).
 
 from __future__ import annotations
 
-from onnx_attnround.check.rules import COMMON, Found, Rule, operators_on_integers
+from onnx_attnround.check.rules import COMMON, Findings, Rule, operators_on_integers
 from onnx_attnround.check.saturation import pairs_beyond_int16
 from onnx_attnround.check.view import View
 from onnx_attnround.graph import only_reader
@@ -13,7 +13,7 @@ from onnx_attnround.graph import only_reader
 _TWO_BITS = ("INT2", "UINT2")
 
 
-def two_bits_under_integer_activations(view: View) -> Found:
+def two_bits_under_integer_activations(view: View) -> Findings:
     """2-bit weights are fused into a kernel that does not take them, and the model fails to load.
 
     That happens to a MatMul with a quantised input, and to a Conv whose output is quantised too.
@@ -29,7 +29,7 @@ def two_bits_under_integer_activations(view: View) -> Found:
             )
 
 
-def two_bits_that_fill_no_bytes(view: View) -> Found:
+def two_bits_that_fill_no_bytes(view: View) -> Findings:
     """Under a float input 2-bit weights become MatMulNBits, as if each row began a byte."""
     for layer in view.layers:
         matrix = layer.node.op_type in ("Gemm", "MatMul")
@@ -47,7 +47,7 @@ def two_bits_that_fill_no_bytes(view: View) -> Found:
             )
 
 
-def blocks_of_eight_bits_under_integer_activations(view: View) -> Found:
+def blocks_of_eight_bits_under_integer_activations(view: View) -> Findings:
     """A MatMul is fused as if it had one scale per column: it fails, or its output is wrong."""
     for layer in view.layers:
         weight = layer.weight
@@ -60,7 +60,7 @@ def blocks_of_eight_bits_under_integer_activations(view: View) -> Found:
             )
 
 
-def clipped_low_bit_weights(view: View) -> Found:
+def clipped_low_bit_weights(view: View) -> Findings:
     """A MatMul or Gemm is no MatMulNBits before a Relu or Clip that one node reads."""
     for layer in view.layers:
         matrix = layer.node.op_type in ("Gemm", "MatMul")
@@ -76,7 +76,7 @@ def clipped_low_bit_weights(view: View) -> Found:
             )
 
 
-def zero_point_missing(view: View) -> Found:
+def zero_point_missing(view: View) -> Findings:
     """Since 1.28 the weight of a Gemm is fused only with a zero point."""
     for layer in view.layers:
         if layer.node.op_type == "Gemm" and layer.weight and not layer.weight.has_point:

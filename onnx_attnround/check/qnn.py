@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from onnx_attnround.check.rules import (
     COMMON,
-    Found,
+    Findings,
     Rule,
     activation_per_channel,
     codes_changed_on_the_way,
@@ -24,7 +24,7 @@ _PER_TENSOR = frozenset({"Gemm", "MatMul"})
 _FULL_RANGE = {"Sigmoid": 1.0, "Tanh": 2.0}  # width of what the op can return
 
 
-def tensor_without_range(view: View) -> Found:
+def tensor_without_range(view: View) -> Findings:
     """Each float tensor has Q and DQ: one without makes the converter calibrate again."""
     for value in view.model.graph.inputs:
         if value.dtype == ir.DataType.FLOAT and value.const_value is None and (
@@ -52,14 +52,14 @@ def _only_quantised(view: View, value: ir.Value) -> bool:
     return all(reader.op_type == QUANTISE for reader in value.consumers())
 
 
-def activation_type(view: View) -> Found:
+def activation_type(view: View) -> Findings:
     """Activations are UINT8 or UINT16."""
     for link in view.activations(QUANTISE):
         if link.codes.name not in _ACTIVATIONS:
             yield link.name, f"{link.codes.name} activation: QNN takes UINT8 and UINT16"
 
 
-def weight_type(view: View) -> Found:
+def weight_type(view: View) -> Findings:
     """Weights are INT4, INT8 or INT16."""
     for layer in view.layers:
         if layer.weight is not None and layer.weight.codes.name not in _WEIGHTS:
@@ -68,21 +68,21 @@ def weight_type(view: View) -> Found:
             )
 
 
-def weight_zero_point(view: View) -> Found:
+def weight_zero_point(view: View) -> Findings:
     """Weights are symmetric."""
     for layer in view.layers:
         if layer.weight is not None and not is_zero(layer.weight.point):
             yield layer.name, "the zero point of its weight is not 0"
 
 
-def matrix_per_channel(view: View) -> Found:
+def matrix_per_channel(view: View) -> Findings:
     """The weight of a MatMul has one scale."""
     for layer in view.layers:
         if layer.node.op_type in _PER_TENSOR and layer.weight and not layer.weight.per_tensor:
             yield layer.name, "its weight has one scale per channel: give it one in all"
 
 
-def bias_scale(view: View) -> Found:
+def bias_scale(view: View) -> Findings:
     """A bias is INT32 with scale sx*sw and zero point 0."""
     for layer in view.layers:
         bias = layer.bias
@@ -94,7 +94,7 @@ def bias_scale(view: View) -> Found:
             yield layer.name, "the scale of its bias is not that of its input times its weight's"
 
 
-def range_too_narrow(view: View) -> Found:
+def range_too_narrow(view: View) -> Findings:
     """The range of an activation is at least 1e-4 wide."""
     for link in view.activations(QUANTISE):
         bits = _ACTIVATIONS.get(link.codes.name)
@@ -104,7 +104,7 @@ def range_too_narrow(view: View) -> Found:
                 yield link.name, f"a range {width:.2g} wide: QNN takes 1e-4 at least"
 
 
-def partial_range(view: View) -> Found:
+def partial_range(view: View) -> Findings:
     """The output of Sigmoid and Tanh has its full range, in steps of a power of two."""
     for node in view.model.graph:
         width = _FULL_RANGE.get(node.op_type)

@@ -19,7 +19,7 @@ _ON_INTEGERS = re.compile(
     r"(QLinear|QOrdered|DynamicQuantize)\w+|(Conv|MatMul|Mul|ReduceSum)Integer(16|ToFloat)?"
     r"|Q(Attention|EmbedLayerNormalization|Gemm|MoE)"
 )
-Found = Iterator[tuple[str, str]]
+Findings = Iterator[tuple[str, str]]
 """Names of nodes, and what is wrong with each and what helps."""
 
 
@@ -31,7 +31,7 @@ class Rule:
     else; one that breaks another runs, but slower than it could.
     """
 
-    find: Callable[[View], Found]
+    find: Callable[[View], Findings]
     refused: bool = True
 
     @property
@@ -61,14 +61,14 @@ def apply(rules: tuple[Rule, ...], view: View) -> tuple[Finding, ...]:
     return tuple(found.values())
 
 
-def opset_too_new(view: View) -> Found:
+def opset_too_new(view: View) -> Findings:
     """The runtime reads opsets up to that of its target."""
     newest = view.target.max_opset
     if newest is not None and view.opset > newest:
         yield "(model)", f"opset {view.opset}: up to {newest} is read; export it with that opset"
 
 
-def scale_not_positive(view: View) -> Found:
+def scale_not_positive(view: View) -> Findings:
     """Scales are positive and finite."""
     for link in view.links:
         if link.scale is not None:
@@ -77,7 +77,7 @@ def scale_not_positive(view: View) -> Found:
                 yield link.name, f"a scale is {scales.min():g}: scales must be positive"
 
 
-def zero_point_of_other_shape(view: View) -> Found:
+def zero_point_of_other_shape(view: View) -> Findings:
     """A zero point has the shape of its scale."""
     for link in view.links:
         if link.scale is not None and link.point is not None and (
@@ -89,14 +89,14 @@ def zero_point_of_other_shape(view: View) -> Found:
             )
 
 
-def activation_per_channel(view: View) -> Found:
+def activation_per_channel(view: View) -> Findings:
     """Activations have one scale."""
     for link in view.activations(QUANTISE):
         if not link.per_tensor:
             yield link.name, "an activation has one scale per channel: give it one in all"
 
 
-def weight_axis(view: View) -> Found:
+def weight_axis(view: View) -> Findings:
     """The scales of a weight lie along the axis of its outputs: Conv 0, ConvTranspose 1."""
     for layer in view.layers:
         link = layer.weight
@@ -109,7 +109,7 @@ def weight_axis(view: View) -> Found:
             yield layer.name, f"scales of its weight along axis {link.axis}: expected {axis}"
 
 
-def codes_changed_on_the_way(view: View) -> Found:
+def codes_changed_on_the_way(view: View) -> Findings:
     """Between Q and DQ, and before the DQ of a weight, nothing happens to the codes."""
     for link in view.links:
         data = link.node.inputs[0]
@@ -118,7 +118,7 @@ def codes_changed_on_the_way(view: View) -> Found:
             yield link.name, f"reads codes from {producer.op_type}: expected QuantizeLinear"
 
 
-def half_quantised(view: View) -> Found:
+def half_quantised(view: View) -> Findings:
     """A layer runs in integer if both its input and its weight are quantised."""
     for layer in view.layers:
         if layer.weight is not None and layer.x is None and not layer.weight.blocked:
@@ -132,7 +132,7 @@ def is_integer(node: ir.Node) -> bool:
     return node.domain in _DOMAINS and _ON_INTEGERS.fullmatch(node.op_type) is not None
 
 
-def operators_on_integers(view: View) -> Found:
+def operators_on_integers(view: View) -> Findings:
     """QOperator form and dynamic quantisation have other operators than those the rules judge."""
     counts = Counter(n.op_type for n in view.model.graph.all_nodes() if is_integer(n))
     if counts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.check.rules import Finding, Found, Rule
+from onnx_attnround.check.rules import Finding, Findings, Rule
 from onnx_attnround.check.view import View, constant
 from onnx_attnround.graph import attributes_of
 from onnx_attnround.ops import is_depthwise
@@ -42,7 +42,7 @@ class _Product:
     weight: ir.Value | None
 
 
-def pairs_beyond_int16(view: View) -> Found:
+def pairs_beyond_int16(view: View) -> Findings:
     """No two products of a row add up to more than int16 holds."""
     if not view.target.int16_pairs:
         return

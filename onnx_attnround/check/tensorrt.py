@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnx_attnround.check.rules import (
     COMMON,
-    Found,
+    Findings,
     Rule,
     activation_per_channel,
     codes_changed_on_the_way,
@@ -25,14 +25,14 @@ _TYPES = {"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}
 _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
-def zero_point_not_zero(view: View) -> Found:
+def zero_point_not_zero(view: View) -> Findings:
     """Quantisation is symmetric: all zero points are 0."""
     for link in view.links:
         if not is_zero(link.point):
             yield link.name, "zero point is not 0: TensorRT takes symmetric quantisation only"
 
 
-def type_not_taken(view: View) -> Found:
+def type_not_taken(view: View) -> Findings:
     """Codes are INT8, INT4, FP8 or FP4."""
     biases = [layer.bias for layer in view.layers]  # have a rule of their own
     for link in view.links:
@@ -40,7 +40,7 @@ def type_not_taken(view: View) -> Found:
             yield link.name, f"{link.codes.name} codes: TensorRT takes INT8, INT4, FP8 and FP4"
 
 
-def quantised_bias(view: View) -> Found:
+def quantised_bias(view: View) -> Findings:
     """A bias stays float: its INT32 DQ is refused."""
     for layer in view.layers:
         if layer.bias is not None:
@@ -49,21 +49,21 @@ def quantised_bias(view: View) -> Found:
             )
 
 
-def integer_operator(view: View) -> Found:
+def integer_operator(view: View) -> Findings:
     """Integer operators are unknown: integer layers are float nodes between Q and DQ."""
     for node in view.model.graph.all_nodes():
         if is_integer(node) or node.domain == "com.microsoft":
             yield node.name or "", f"{node.op_type} is unknown to TensorRT: use Q/DQ nodes"
 
 
-def four_bits_of_an_activation(view: View) -> Found:
+def four_bits_of_an_activation(view: View) -> Findings:
     """4 bits are for weights alone."""
     for link in view.activations(QUANTISE):
         if link.codes in _FOUR_BITS:
             yield link.name, "a 4-bit activation: TensorRT takes 4 bits for weights only"
 
 
-def four_bits_not_blocked(view: View) -> Found:
+def four_bits_not_blocked(view: View) -> Findings:
     """4-bit weights have blocks of 64 or 128, an even last dimension, and a float input."""
     for layer in view.layers:
         link = layer.weight
@@ -81,7 +81,7 @@ def four_bits_not_blocked(view: View) -> Found:
             yield layer.name, "4-bit weights under quantised activations: leave those float"
 
 
-def zero_point_missing(view: View) -> Found:
+def zero_point_missing(view: View) -> Findings:
     """A Q without zero point makes UINT8 codes by the standard, INT8 in TensorRT."""
     for link in view.links:
         typed = link.has_point or "output_dtype" in link.node.attributes
@@ -89,7 +89,7 @@ def zero_point_missing(view: View) -> Found:
             yield link.name, "no zero point: it means UINT8, TensorRT takes INT8; write it"
 
 
-def quantised_output(view: View) -> Found:
+def quantised_output(view: View) -> Findings:
     """A graph output is not quantised: it costs accuracy and a kernel."""
     for value in view.model.graph.outputs:
         link = view.dequantised(value)
@@ -97,7 +97,7 @@ def quantised_output(view: View) -> Found:
             yield link.name, f"graph output '{value.name}' comes from a DequantizeLinear: drop it"
 
 
-def residual_not_fused(view: View) -> Found:
+def residual_not_fused(view: View) -> Findings:
     """Conv + Add fuse if the Conv's branch is float and the shortcut comes from a DQ."""
     for node in view.model.graph:
         if node.op_type != "Add" or any(constant(value) is not None for value in node.inputs):

@@ -54,6 +54,7 @@ class ActivationStore:
 
     def put(self, name: str, batch: int, values: Value) -> None:
         """Keep one batch; raises ``OutputError`` if the disk is full."""
+        # Arrays of text, which torch does not have, cannot go into a raw file.
         if values.nbytes > self._free and isinstance(values, torch.Tensor):
             self._held[name, batch] = self._spill(values)
         else:

@@ -46,10 +46,17 @@ from onnx_attnround.runtime.device import Value, exact
 from onnx_attnround.samples import Samples
 from onnx_attnround.shadow import Shadow, build_shadow
 
-STEPS = 160  # of Adam, for a block
-MINIBATCH = 32  # samples in a step, at least
-JUDGED_EVERY = 4  # of so many batches one is not trained on, and tells whether a block gained
-FLOAT_SHARE = 0.5  # of a block's input elements that are the float model's, in training
+STEPS = 160
+"""The steps of Adam for a block."""
+
+MINIBATCH = 32
+"""The samples of a step, at least, if there are as many."""
+
+JUDGED_EVERY = 4
+"""One batch of so many is not trained on, and tells whether a block gained."""
+
+FLOAT_SHARE = 0.5
+"""The share of a block's input elements that the float model provides, in training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +145,9 @@ class _Refinement:
         self._trained = [number for number in every if number not in self._judged] or every
 
     def run(self) -> Outcome:
-        """Round the layers anew, train the block; the best of the three, for ``Refined.add``."""
+        """The best of the block as it was, rounded anew, and trained; for ``Refined.add``."""
         names = tuple(layer.node for layer in self._block)
+        # In the shadow the two would be parameters of their own, and come apart.
         if len({layer.weight for layer in self._block}) < len(names):
             return BlockRounding(nodes=names, skipped="two layers share a weight"), {}, {}
         try:

@@ -1,9 +1,9 @@
 """Cut a graph at its weighted layers, so that it can be walked once, layer by layer or by blocks.
 
-Stage ``k`` holds the nodes that depend on layer ``k - 1`` and on no later one;
-stage 0 those that depend on none. Nodes that no layer needs are in no stage. Nodes
+Piece ``k`` holds the nodes that depend on layer ``k - 1`` and on no later one;
+piece 0 those that depend on none. Nodes that no layer needs are in no piece. Nodes
 that only rename or unpack codes, and those without a variable input, belong to whichever
-stage reads them, so that what crosses a cut is the small integer tensor.
+piece reads them, so that what crosses a cut is the small integer tensor.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _Reads = dict[ir.Node, tuple[ir.Value, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Piece:
     """One piece of the walk: tensor names in and out, and what the walk needs of them.
 
-    ``reads`` is what the layer or block behind the stage reads; ``released`` are those
-    inputs that no later stage reads; ``lends`` are computed for another model.
+    ``reads`` is what the layer or block behind the piece reads; ``released`` are those
+    inputs that no later piece reads; ``lends`` are computed for another model.
     """
 
     inputs: tuple[str, ...]
@@ -35,17 +35,17 @@ class Stage:
 
     @property
     def computed(self) -> tuple[str, ...]:
-        """All that a run of the stage is asked for."""
+        """The outputs that a run of the piece is asked for."""
         return tuple(dict.fromkeys((*self.outputs, *self.lends)))
 
 
 @dataclass(frozen=True, slots=True)
 class Ties:
-    """How two models hang together that are walked side by side.
+    """What two models that are walked side by side share.
 
-    ``lends`` are values that the one computes for the other, where they are inputs;
-    ``given`` tells for each such input the stage from which on it is there. ``ends`` are
-    outputs of their block, though no later stage may read them.
+    ``lends`` are values that the one computes for the other, which has them as inputs;
+    ``given`` tells for each such input from which piece on it is available. ``ends`` are
+    outputs of their block even if no later piece reads them.
     """
 
     lends: Collection[str] = ()
@@ -54,10 +54,10 @@ class Ties:
 
     @classmethod
     def of(
-        cls, taken: Mapping[str, str], stages: Sequence[Stage], ends: Collection[str] = ()
+        cls, taken: Mapping[str, str], pieces: Sequence[Piece], ends: Collection[str] = ()
     ) -> Ties:
-        """Those of a model whose inputs ``taken`` stand for values that ``stages`` lend."""
-        lent = {name: k for k, stage in enumerate(stages) for name in stage.lends}
+        """Those of a model whose inputs ``taken`` stand for values that ``pieces`` lend."""
+        lent = {name: k for k, piece in enumerate(pieces) for name in piece.lends}
         given = {name: lent[source] for name, source in taken.items() if source in lent}
         return cls(ends=ends, given=given)
 
@@ -67,10 +67,10 @@ UNTIED = Ties()
 
 def cut(
     model: ir.Model, layers: Sequence[str], codes: Collection[str] = (), ties: Ties = UNTIED
-) -> tuple[Stage, ...]:
-    """The stages up to the input of the last layer; ``layers`` are node names in graph order.
+) -> tuple[Piece, ...]:
+    """The pieces up to the input of the last layer; ``layers`` are node names in graph order.
 
-    Stage ``k`` provides what layer ``k`` reads. ``codes`` are the integer tensors
+    Piece ``k`` provides what layer ``k`` reads. ``codes`` are the integer tensors
     that cross a cut in place of what a DequantizeLinear makes of them. The graph
     must be sorted. Raises ``ModelError`` if a layer reads no variable tensor.
     """
@@ -86,31 +86,31 @@ def cut(
         raise ModelError(
             f"node '{constant[0]}': its input depends on no model input; exclude the node"
         )
-    stages = _stages(model.graph, reads, order, set(), ties)
+    pieces = _pieces(model.graph, reads, order, set(), ties)
     return tuple(
-        replace(stage, reads=(layer_reads[layer],))
-        for stage, layer in zip(stages, layers, strict=False)
+        replace(piece, reads=(layer_reads[layer],))
+        for piece, layer in zip(pieces, layers, strict=False)
     )
 
 
 def cut_blocks(
     model: ir.Model, blocks: Sequence[Sequence[str]], ties: Ties = UNTIED
-) -> tuple[Stage, ...]:
-    """The stages of whole blocks of layers, up to the outputs of the graph.
+) -> tuple[Piece, ...]:
+    """The pieces of whole blocks of layers, up to the outputs of the graph.
 
-    Stage 0 is what comes before all layers, stage ``k + 1`` is block ``k``: the nodes
+    Piece 0 is what comes before all layers, piece ``k + 1`` is block ``k``: the nodes
     that depend on one of its layers, and on none of a later block. Tensors cross a cut
-    as they are before their quantisation, which belongs to whichever stage reads them.
+    as they are before their quantisation, which belongs to whichever piece reads them.
     """
     reads, crossing = _crossing_reads(model.graph, lambda node, source: _is_quantisation(node))
     outputs = {crossing[value] for value in model.graph.outputs if value in crossing}
     ends = {crossing[value] for value in crossing if value.name in ties.ends}
     order = {name: position + 1 for position, names in enumerate(blocks) for name in names}
     reads = _needed(reads, set(order), outputs | ends)
-    stages = _stages(model.graph, reads, order, outputs, ties)
-    behind = (*stages[1:], Stage((), (), (), ()))
+    pieces = _pieces(model.graph, reads, order, outputs, ties)
+    behind = (*pieces[1:], Piece((), (), (), ()))
     return tuple(
-        replace(stage, reads=later.inputs) for stage, later in zip(stages, behind, strict=True)
+        replace(piece, reads=later.inputs) for piece, later in zip(pieces, behind, strict=True)
     )
 
 
@@ -138,48 +138,48 @@ def _is_quantisation(node: ir.Node) -> bool:
     return clips_codes or node.op_type in ("QuantizeLinear", "DequantizeLinear")
 
 
-def _stages(
+def _pieces(
     graph: ir.Graph,
     reads: _Reads,
     order: Mapping[str, int],
     kept: Collection[ir.Value],
     ties: Ties,
-) -> tuple[Stage, ...]:
-    """The stages for layers in ``order``; ``kept`` values are released by none of them."""
+) -> tuple[Piece, ...]:
+    """The pieces for layers in ``order``; ``kept`` values are released by none of them."""
     given = {value for value in graph.inputs if value.name in ties.given}
     origin = {value: ties.given.get(value.name or "", -1) for value in graph.inputs}
     count = max(order.values(), default=0) + 1
     read_in: list[set[ir.Value]] = [set() for _ in range(count)]
     for node, values in reads.items():
-        stage = max((order.get(node.name or "", 0), *(origin[value] for value in values)))
-        origin.update(dict.fromkeys(node.outputs, stage))
-        read_in[stage].update(values)
-    last = {value: stage for stage, values in enumerate(read_in) for value in values}
+        piece = max((order.get(node.name or "", 0), *(origin[value] for value in values)))
+        origin.update(dict.fromkeys(node.outputs, piece))
+        read_in[piece].update(values)
+    last = {value: piece for piece, values in enumerate(read_in) for value in values}
     last.update(dict.fromkeys(kept, count))
     ends = [value for value in origin if value.name in ties.ends]
     last.update({value: max(last.get(value, 0), origin[value] + 1) for value in ends})
     return tuple(
-        Stage(
-            inputs=_names(v for v in read_in[stage] if origin[v] < stage or v in given),
+        Piece(
+            inputs=_names(v for v in read_in[piece] if origin[v] < piece or v in given),
             outputs=_names(
-                v for v in last if origin[v] == stage and last[v] > stage and v not in given
+                v for v in last if origin[v] == piece and last[v] > piece and v not in given
             ),
             released=_names(
-                v for v in last if last[v] == stage and (origin[v] < stage or v in given)
+                v for v in last if last[v] == piece and (origin[v] < piece or v in given)
             ),
             reads=(),
-            lends=_names(v for v in origin if v.name in ties.lends and origin[v] == stage),
+            lends=_names(v for v in origin if v.name in ties.lends and origin[v] == piece),
         )
-        for stage in range(count)
+        for piece in range(count)
     )
 
 
-def extract(model: ir.Model, stage: Stage) -> ir.Model:
-    """The sub-model that computes ``stage.computed`` from ``stage.inputs``.
+def extract(model: ir.Model, piece: Piece) -> ir.Model:
+    """The sub-model that computes ``piece.computed`` from ``piece.inputs``.
 
     An input of unknown type is taken to be float32.
     """
-    graph = ir.convenience.extract(model.graph, list(stage.inputs), list(stage.computed))
+    graph = ir.convenience.extract(model.graph, list(piece.inputs), list(piece.computed))
     for value in (*graph.inputs, *graph.outputs):
         value.metadata_props.clear()
     for value in graph.inputs:
@@ -194,7 +194,7 @@ def _names(values: Iterator[ir.Value]) -> tuple[str, ...]:
 def _crossing_reads(
     graph: ir.Graph, passes: Callable[[ir.Node, ir.Value], bool]
 ) -> tuple[_Reads, dict[ir.Value, ir.Value]]:
-    """What each node needs at hand to run, and the tensor that crosses cuts for each value.
+    """The tensors that each node needs in order to run, and for each value what crosses a cut.
 
     Nodes that only rename or unpack run with their readers, and are left out.
     """
@@ -204,14 +204,14 @@ def _crossing_reads(
         found = tuple(crossing[value] for value in reads_of(node) if value in crossing)
         if found and (node.op_type == "Identity" or passes(node, found[0])):
             crossing[node.outputs[0]] = found[0]
-        elif found or draws(node):  # what is drawn is drawn once
+        elif found or draws(node):  # a draw belongs to one piece, or each would draw its own
             reads[node] = found
             crossing.update((value, value) for value in node.outputs)
     return reads, crossing
 
 
 def _needed(reads: _Reads, names: Collection[str], outputs: Collection[ir.Value]) -> _Reads:
-    """The reads of the nodes of these ``names``, and of all that lead to one or to ``outputs``."""
+    """The reads of the nodes ``names``, and of those that lead to one of them or to ``outputs``."""
     wanted = set(outputs)
     kept: set[ir.Node] = set()
     for node, values in reversed(reads.items()):

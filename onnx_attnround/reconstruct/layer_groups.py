@@ -18,6 +18,7 @@ from onnx_attnround.reconstruct.cuts import cut_blocks
 from onnx_attnround.records import LayerPlan
 
 MOST_LAYERS = 3
+"""The layers of a block at most: those of a residual unit, or of an inverted bottleneck."""
 
 Block = tuple[LayerPlan, ...]
 
@@ -30,6 +31,7 @@ def find_blocks(
     best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the cuts so far, start of the last block
     for end in range(1, len(layers) + 1):
         starts = range(max(0, end - most), end)
+        # Of equal cuts the earliest: longer blocks see more of what they are to reproduce.
         best.append(min((best[start][0] + alive[start], start) for start in starts))
     ends = [len(layers)]
     while ends[-1]:
@@ -42,12 +44,12 @@ def _alive(model: ir.Model, layers: Sequence[LayerPlan]) -> list[float]:
     """How many numbers of a sample are alive in front of each layer."""
     sizes = {v.name: _size(v) for v in model.graph.inputs}
     sizes |= {v.name: _size(v) for node in model.graph for v in node.outputs}
-    stages = cut_blocks(model, [[layer.node] for layer in layers])
-    released = {name for stage in stages for name in stage.released}
+    pieces = cut_blocks(model, [[layer.node] for layer in layers])
+    released = {name for piece in pieces for name in piece.released}
     alive = {v.name for v in model.graph.inputs if v.name in released}
     counts = []
-    for stage in stages[: len(layers)]:
-        alive = (alive - set(stage.released)) | set(stage.outputs)
+    for piece in pieces[: len(layers)]:
+        alive = (alive - set(piece.released)) | set(piece.outputs)
         counts.append(float(sum(sizes[name] for name in alive)))
     return counts
 

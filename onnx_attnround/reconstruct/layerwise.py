@@ -40,13 +40,19 @@ from onnx_attnround.rounding.objective import objective, plain_objective
 from onnx_attnround.runtime.device import CPU, fetched, open_device
 from onnx_attnround.samples import Samples
 
-INT32_HEADROOM = 2.0**30  # a bias may take half of the int32 range
-SINGLE_THREAD_BELOW = 1 << 18  # weights; threads cost more than they give on smaller layers
+INT32_HEADROOM = 2.0**30
+"""The steps that a bias may be long: half of the range of int32, so that it can be corrected."""
+
+SINGLE_THREAD_BELOW = 1 << 18
+"""Layers of fewer weights are rounded on one thread: more would cost more than they give."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer as the methods see it: weight ``[g, o, d]``, bias ``[g, o]`` or ``None``."""
+class OpenLayer:
+    """One layer as the methods see it: weight ``[g, o, d]``, bias ``[g, o]`` or ``None``.
+
+    No scale, ``[g, o]``, may be below ``scale_floor``, or the bias would leave int32.
+    """
 
     plan: LayerPlan
     spec: QuantSpec
@@ -71,8 +77,8 @@ class Layer:
     ) -> LayerRounding:
         """The record of a solution.
 
-        ``error`` gives that of the layer's output for a change ``[g, o, d]`` of the weight, per
-        row; ``power`` is the variance of the output, or what else errors are a share of.
+        ``error`` gives the error power of the layer's output, per row, for a change ``[g, o, d]``
+        of the weight. It is recorded as a share of ``power``, as a rule the output's variance.
         """
         scale, power = self._scales(solution.scale), max(power, TINY)
         change = solution.codes * solution.scale - self.weight
@@ -169,7 +175,7 @@ def round_layers(
 
 
 class _Readers:
-    """Rounds layers one after the other, but a weight of several of them once."""
+    """Rounds layers one after the other, but a weight that several of them read once."""
 
     def __init__(
         self,
@@ -200,13 +206,13 @@ class _Readers:
 
         self._ahead = moments_ahead(self._model, groups, self._samples, self._config, moments)
 
-    def open(self, planned: LayerPlan) -> Layer:
+    def open(self, planned: LayerPlan) -> OpenLayer:
         """One of the layers."""
         bits, group = self._bits[planned.node], self._groups[planned.node]
         return open_layer(self._model, planned, self._params, bits, self._device, group)
 
     def round(
-        self, layer: Layer, batches: Batches, known: Mapping[str, LayerRounding], index: int
+        self, layer: OpenLayer, batches: Batches, known: Mapping[str, LayerRounding], index: int
     ) -> LayerRounding:
         """Round a layer; in ``known`` those before it are, the others as without calibration."""
         group = self._groups[layer.plan.node]
@@ -225,7 +231,7 @@ class _Readers:
         alone = len(group) == 1 or not own_bias
         return result if alone or not moments.finite else follow(layer, moments, result)
 
-    def _moments(self, layer: Layer, batches: Batches, readers: int = 1) -> Moments:
+    def _moments(self, layer: OpenLayer, batches: Batches, readers: int = 1) -> Moments:
         """What the layer is rounded on, from fewer rows if others of its ``readers`` add theirs."""
         group, params = self._groups[layer.plan.node], self._params
         own_bias = len(group) == 1 or not one_bias(self._model, group, params)
@@ -241,7 +247,7 @@ class _Readers:
 
 
 def moments_of(
-    layer: Layer,
+    layer: OpenLayer,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     count: int,
     params: QuantParams | None,
@@ -270,14 +276,14 @@ def moments_of(
 
 
 def _codes_of(x: torch.Tensor, params: QuantParams | None) -> torch.Tensor:
-    """What a layer reads if nothing is quantised but its input ``x``; codes as floats."""
+    """The codes that a layer reads if only its input ``x`` is quantised, as floats."""
     if params is None:
         return x
     codes = (x / float(params.scale)).round() + float(params.zero_point)
     return codes.clamp(params.spec.qmin, params.spec.qmax)
 
 
-def torch_threads(layer: Layer, limit: int | None) -> AbstractContextManager[None]:
+def torch_threads(layer: OpenLayer, limit: int | None) -> AbstractContextManager[None]:
     """One thread for a small layer, else all that torch or ``limit`` allows."""
     return threads_limited(1 if layer.weight.numel() < SINGLE_THREAD_BELOW else limit)
 
@@ -293,7 +299,9 @@ def threads_limited(limit: int | None) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int) -> LayerRounding:
+def round_layer(
+    layer: OpenLayer, moments: Moments, config: QuantConfig, index: int
+) -> LayerRounding:
     """Round one layer by the method of ``config``; its bias takes up the mean error.
 
     What holds on samples that it was not fitted on decides how much is learned, and
@@ -321,8 +329,8 @@ def round_layer(layer: Layer, moments: Moments, config: QuantConfig, index: int)
     return layer.rounding(solution, bias, moments.error, float(moments.signal.sum()))
 
 
-def follow(layer: Layer, moments: Moments, rounding: LayerRounding) -> LayerRounding:
-    """``rounding``, of another reader of the weight, with the bias and the errors of ``layer``."""
+def follow(layer: OpenLayer, moments: Moments, rounding: LayerRounding) -> LayerRounding:
+    """``rounding``, which another reader of the weight has, with bias and errors of ``layer``."""
     shape, spec = rounding.codes.shape, rounding.spec
     scales = np.broadcast_to(spread(rounding.scale, shape, spec), shape)
     codes, scale = (
@@ -353,10 +361,10 @@ def open_layer(
     bits: int,
     device: torch.device = CPU,
     readers: Sequence[LayerPlan] = (),
-) -> Layer:
+) -> OpenLayer:
     """The layer, its weight and bias from ``model`` on ``device``, to be rounded to ``bits``.
 
-    Its scales will serve all ``readers`` of the weight.
+    Its scales will serve all ``readers`` of the weight, so that no bias of theirs may leave int32.
     """
     matrix = weight_matrix(plan, _constant(model, plan.weight))
     weight = torch.from_numpy(matrix.copy()).to(device)
@@ -367,7 +375,7 @@ def open_layer(
         if held is not None and reader.x in params:
             step = float(params[reader.x].scale) * INT32_HEADROOM
             floor = torch.maximum(floor, held.abs() / step)
-    layer = Layer(plan, plan.spec_of(bits), weight, bias, floor)
+    layer = OpenLayer(plan, plan.spec_of(bits), weight, bias, floor)
     if layer.shared_axes:
         floor = floor.amax(layer.shared_axes, keepdim=True).expand_as(floor)
     return replace(layer, scale_floor=floor)

@@ -21,7 +21,7 @@ from onnx_attnround.graph import choices, take_choices, tensor_value, with_outpu
 from onnx_attnround.numerics import TINY
 from onnx_attnround.qdq.arithmetic import dequantize, spread
 from onnx_attnround.reconstruct.layerwise import (
-    Layer,
+    OpenLayer,
     moments_of,
     open_layer,
     round_layer,
@@ -42,7 +42,10 @@ from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Feeds, Samples
 
 PROBE_BITS = 4
-PROBE_SAMPLES = 64  # on which the error of the outputs is measured
+"""The width that a layer is rounded to while the error of the model's outputs is measured."""
+
+PROBE_SAMPLES = 64
+"""The samples, at least, on which it is measured, if there are as many."""
 
 
 def layer_errors(
@@ -80,7 +83,7 @@ def layer_errors(
 
 
 def _costs(
-    layer: Layer, moments: Moments, probe: _Probe, config: QuantConfig
+    layer: OpenLayer, moments: Moments, probe: _Probe, config: QuantConfig
 ) -> dict[int, float]:
     """The error of the outputs by the bits of one layer."""
     if not moments.finite:

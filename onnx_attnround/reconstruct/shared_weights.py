@@ -5,12 +5,12 @@ weight is stored once, and what its rounding is to make small is the sum of the 
 
     sum_r E |W x_r - Q v_r|^2,
 
-whose moments add up. But the walk comes to one reader after the other, and what the later ones
-read hangs on what the weight has become. So it is rounded at its first reader, on the moments
-of that one against the quantised prefix, and on those of the later ones in the float model, with
-nothing quantised but their own input. (Waiting for the last reader instead would fit all
-layers in between to the errors of a weight that then changes.) A bias is still corrected at each
-reader, on what the quantised prefix really feeds it, unless one stored bias serves all.
+whose moments add up. But the walk comes to one reader after the other, and the inputs of the
+later ones depend on how the weight was rounded. So it is rounded at its first reader, on the
+moments of that one against the quantised prefix, and on those of the later ones in the float
+model, with nothing quantised but their own input. (Waiting for the last reader instead would fit
+all layers in between to the errors of a weight that then changes.) A bias is still corrected at
+each reader, on what the quantised prefix really feeds it, unless one stored bias serves all.
 """
 
 from __future__ import annotations

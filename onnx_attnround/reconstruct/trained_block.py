@@ -23,7 +23,12 @@ from onnx_attnround.records import (
 from onnx_attnround.runtime.device import fetched
 from onnx_attnround.shadow import Shadow
 
-RATES = {"offset": 0.01, "scale": 1e-3, "bias": 1e-3, "step": 3e-3}  # of Adam, at first
+RATES = {"offset": 0.01, "scale": 1e-3, "bias": 1e-3, "step": 3e-3}
+"""The first learning rates of Adam.
+
+Offsets are in steps of the grid, scales and the steps of activations are learned as logarithms,
+and a bias in its own unit.
+"""
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -48,7 +53,7 @@ class QuantisedBlock:
         self.shadow = shadow
         bits = {node: rounding.spec.bits for node, rounding in roundings.items()}
         readers = readers_of(plan.layers, bits)
-        self._layers = [_Layer(layer, roundings[layer.node], shadow) for layer in layers]
+        self._layers = [_TrainedLayer(layer, roundings[layer.node], shadow) for layer in layers]
         for item in self._layers:
             if len(group := readers[item.plan.node]) > 1:
                 biases = (roundings[reader.node].bias for reader in group)
@@ -123,12 +128,12 @@ class QuantisedBlock:
 
 
 def _followers(name: str, plan: QuantPlan) -> list[str]:
-    """The tensors that share the range of ``name``, at once or through others."""
+    """The tensors that share the range of ``name``, directly or through others."""
     direct = [moved for moved, source in plan.same_range.items() if source == name]
     return direct + [far for moved in direct for far in _followers(moved, plan)]
 
 
-class _Layer:
+class _TrainedLayer:
     """The learned parameters of one layer: offsets of the codes, scales, and the bias."""
 
     def __init__(self, plan: LayerPlan, rounding: LayerRounding, shadow: Shadow) -> None:
@@ -145,7 +150,7 @@ class _Layer:
         self.bias = None if rounding.bias is None else _leaf(_float(rounding.bias, device))
 
     def fix(self, *, with_bias: bool) -> None:
-        """Learn no codes and scales, and no bias if that is to stay, too."""
+        """Keep codes and scales as they are, and ``with_bias`` the bias."""
         for leaf in (self.offset, self.log_scale, self.bias if with_bias else None):
             if leaf is not None:
                 leaf.requires_grad = False
@@ -162,7 +167,7 @@ class _Layer:
     def _start(self, codes: torch.Tensor) -> torch.Tensor:
         """Halfway from the weight to its code, or as little further as it takes to round there."""
         offset = (codes - self._position) / 2
-        reach = 0.49
+        reach = 0.49  # less than half a step, so that it rounds to this code for certain
         return offset.clamp(codes - reach - self._position, codes + reach - self._position)
 
     def _codes(self) -> torch.Tensor:

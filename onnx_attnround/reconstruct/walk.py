@@ -2,7 +2,7 @@
 
 At layer or block ``k`` the walk provides what it reads in the float model and in
 the model whose earlier layers are already quantised. Only tensors that a later
-stage reads are kept; the prefix is never run again.
+piece reads are kept; the prefix is never run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.graph import parted_choices, reads_of, take_choices
 from onnx_attnround.reconstruct.activation_store import ActivationStore
-from onnx_attnround.reconstruct.cuts import Stage, Ties, cut, cut_blocks, extract, raw_names
+from onnx_attnround.reconstruct.cuts import Piece, Ties, cut, cut_blocks, extract, raw_names
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.runtime.device import Value, open_device, placed, release, room_on, run_on
 from onnx_attnround.runtime.session import first_line, open_session
@@ -52,7 +52,7 @@ def open_place(config: QuantConfig) -> Iterator[Place]:
 class Walk:
     """The two streams. Call ``advance(k)``, read ``inputs(k)``, quantise layer ``k``, and so on.
 
-    ``quantised`` may be updated in place between the calls: stage ``k`` is
+    ``quantised`` may be updated in place between the calls: piece ``k`` is
     extracted when it is reached. It is the walk's own: what it would choose or draw otherwise
     than the float model becomes an input of it, which the float stream provides.
     Without it, the float stream stands for both.
@@ -75,17 +75,17 @@ class Walk:
         taken: dict[str, str] = {}
         if quantised is not None:
             taken = take_choices(quantised, model, parted_choices(model, quantised))
-        stages = cut(model, names, ties=Ties(lends=set(taken.values())))
-        lender = _Stream("float", model, stages, place, taken)
+        pieces = cut(model, names, ties=Ties(lends=set(taken.values())))
+        lender = _Stream("float", model, pieces, place, taken)
         self._streams = [lender]
         if quantised is not None:
-            ties = Ties.of(taken, stages)
-            stages = cut(quantised, names, _added_codes(quantised, model), ties)
-            self._streams.append(_Stream("quantised", quantised, stages, place))
+            ties = Ties.of(taken, pieces)
+            pieces = cut(quantised, names, _added_codes(quantised, model), ties)
+            self._streams.append(_Stream("quantised", quantised, pieces, place))
         self._batches = 0
 
     def advance(self, index: int) -> None:
-        """Compute what layer ``index`` reads, from what layer ``index - 1`` now is."""
+        """Compute the input of layer ``index``, with layer ``index - 1`` as it is now."""
         if index == 0:
             self._batches = _start(self._streams, self._feeds)
             return
@@ -110,7 +110,7 @@ class Walk:
             yield x, v
 
     def _seen(self, batches: Iterator[Feeds]) -> Iterator[Feeds]:
-        """The batches, of which it is kept in mind which tokens count."""
+        """The batches, while it is noted which of their tokens count."""
         for feeds in batches:
             self._tokens.append(tokens(feeds, self._mask))
             yield feeds
@@ -171,17 +171,17 @@ class BlockWalk:
         self._taken = take_choices(self.model, model, nodes)
         taken = take_choices(quantised, model, nodes)
         ends = {v.name or "" for n in model.graph if n.name in nodes for v in reads_of(n)}
-        stages = cut_blocks(model, names, Ties(lends=set(taken.values()), ends=ends))
-        self._stages = cut_blocks(self.model, names, Ties.of(self._taken, stages, ends))
-        self._plain = _Stream("float", model, stages, place, taken)
-        stages = cut_blocks(quantised, names, Ties.of(taken, stages))
-        self._quantised = _Stream("quantised", quantised, stages, place)
+        pieces = cut_blocks(model, names, Ties(lends=set(taken.values()), ends=ends))
+        self._pieces = cut_blocks(self.model, names, Ties.of(self._taken, pieces, ends))
+        self._plain = _Stream("float", model, pieces, place, taken)
+        pieces = cut_blocks(quantised, names, Ties.of(taken, pieces))
+        self._quantised = _Stream("quantised", quantised, pieces, place)
         self._raw = raw_names(quantised)
         self.count = 0
         """How many batches there are, once ``advance(0)`` is done."""
 
     def advance(self, index: int) -> None:
-        """Compute what block ``index`` reads and is to reproduce, from what the last one now is."""
+        """Compute the inputs of block ``index``, and the float outputs that it is to reproduce."""
         if index == 0:
             self.count = _start((self._plain, self._quantised), self._feeds)
         else:
@@ -192,7 +192,7 @@ class BlockWalk:
 
     def names(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The inputs and the outputs of block ``index`` in the float model."""
-        return self._stages[index + 1].inputs, self._stages[index + 1].outputs
+        return self._pieces[index + 1].inputs, self._pieces[index + 1].outputs
 
     def batch(self, index: int, batch: int) -> BlockBatch:
         """One of the ``count`` batches at block ``index``, after ``advance(index)``."""
@@ -214,11 +214,11 @@ def _placed(batches: Iterator[Feeds], device: torch.device) -> Iterator[dict[str
 
 
 def _start(streams: Sequence[_Stream], feeds: Iterator[dict[str, Value]]) -> int:
-    """Read the samples once, keep what later stages read of them; the number of batches."""
+    """Run piece 0 of all streams in one pass over the samples; returns the number of batches."""
     runs = [stream.start() for stream in streams]
     batches = 0
     for batch, values in enumerate(feeds):
-        for run in runs:  # the float stream first, which lends
+        for run in runs:  # the float stream is first, since it lends values to the other
             run(batch, values)
         batches = batch + 1
     for stream in streams:
@@ -227,7 +227,7 @@ def _start(streams: Sequence[_Stream], feeds: Iterator[dict[str, Value]]) -> int
 
 
 class _Stream:
-    """One model, its stages and its live tensors in the store.
+    """One model, its pieces and its live tensors in the store.
 
     ``lends`` are values that it computes for the stream ``quantised``, by their names there.
     """
@@ -236,19 +236,19 @@ class _Stream:
         self,
         label: str,
         model: ir.Model,
-        stages: Sequence[Stage],
+        pieces: Sequence[Piece],
         place: Place,
         lends: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._label = label
         self._model = model
-        self._stages = stages
+        self._pieces = pieces
         self._place = place
         self._lent = {source: name for name, source in lends.items()}
 
     def layer_input(self, index: int, batch: int) -> torch.Tensor:
-        """What the layer behind stage ``index`` reads."""
-        (name,) = self._stages[index].reads
+        """The tensor that the layer behind piece ``index`` reads."""
+        (name,) = self._pieces[index].reads
         return cast(torch.Tensor, self.get(name, batch))  # no layer reads text
 
     def get(self, name: str, batch: int) -> Value:
@@ -256,56 +256,56 @@ class _Stream:
         return self._place.store.get(f"{self._label}:{name}", batch)
 
     def start(self) -> Callable[[int, dict[str, Value]], None]:
-        """What to call with each batch of samples: runs stage 0 on it."""
-        stage = self._stages[0]
-        session = self._session(stage)
-        kept = {name for later in self._stages[1:] for name in later.inputs}
-        kept |= {name for stage in self._stages for name in stage.reads}
+        """A function to call with each batch of samples, which runs piece 0 on it."""
+        piece = self._pieces[0]
+        session = self._session(piece)
+        kept = {name for later in self._pieces[1:] for name in later.inputs}
+        kept |= {name for piece in self._pieces for name in piece.reads}
 
         def run(batch: int, feeds: dict[str, Value]) -> None:
             for name in feeds.keys() & kept:
                 self._put(name, batch, feeds[name])
             if session is not None:
-                given = {n: feeds[n] if n in feeds else self.get(n, batch) for n in stage.inputs}
-                self._run(session, stage, batch, given)
+                given = {n: feeds[n] if n in feeds else self.get(n, batch) for n in piece.inputs}
+                self._run(session, piece, batch, given)
 
         return run
 
     def advance(self, index: int, batches: int) -> None:
-        stage = self._stages[index]
-        session = self._session(stage)
+        piece = self._pieces[index]
+        session = self._session(piece)
         if session is not None:
             for batch in range(batches):
-                self._run(session, stage, batch, {n: self.get(n, batch) for n in stage.inputs})
+                self._run(session, piece, batch, {n: self.get(n, batch) for n in piece.inputs})
 
     def release(self, index: int) -> None:
-        """Forget what no stage behind ``index`` reads."""
-        for name in self._stages[index].released:
+        """Forget the tensors that no piece behind ``index`` reads."""
+        for name in self._pieces[index].released:
             self._place.store.release(f"{self._label}:{name}")
 
-    def _session(self, stage: Stage) -> ort.InferenceSession | None:
-        if not stage.computed:
+    def _session(self, piece: Piece) -> ort.InferenceSession | None:
+        if not piece.computed:
             return None
         threads, device = self._place.threads, self._place.device
         release(device)
-        return open_session(extract(self._model, stage), threads=threads, device=device.type)
+        return open_session(extract(self._model, piece), threads=threads, device=device.type)
 
     def _put(self, name: str, batch: int, value: Value) -> None:
         self._place.store.put(f"{self._label}:{name}", batch, value)
 
     def _run(
-        self, session: ort.InferenceSession, stage: Stage, batch: int, feeds: Mapping[str, Value]
+        self, session: ort.InferenceSession, piece: Piece, batch: int, feeds: Mapping[str, Value]
     ) -> None:
         try:
-            results = run_on(self._place.device, session, stage.computed, feeds)
-        except torch.cuda.OutOfMemoryError:
+            results = run_on(self._place.device, session, piece.computed, feeds)
+        except torch.cuda.OutOfMemoryError:  # which the command line has a remedy for
             raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
             raise CalibrationError(
                 f"ONNX Runtime failed on calibration batch {batch}: {first_line(error)}"
             ) from error
-        for name, value in zip(stage.computed, results, strict=True):
-            if name in stage.outputs:
+        for name, value in zip(piece.computed, results, strict=True):
+            if name in piece.outputs:
                 self._put(name, batch, value)
             if name in self._lent:
                 self._place.store.put(f"quantised:{self._lent[name]}", batch, value)

@@ -24,9 +24,14 @@ from onnx_attnround.rounding.methods import descend
 from onnx_attnround.rounding.moments import Moments
 from onnx_attnround.rounding.objective import Objective, search_scale
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # white noise on the inputs, relative to their mean power
-UNCORRELATED = 100.0  # a ridge beside which the inputs are as good as uncorrelated
-TRIAL_ROWS = 32  # of a layer, that are rounded to choose the ridge of all
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""The ridges that are tried: white noise on the inputs, as a share of their mean power."""
+
+UNCORRELATED = 100.0
+"""A ridge beside which the inputs are as good as uncorrelated: rounding is to nearest."""
+
+TRIAL_ROWS = 32
+"""So many rows of a layer are rounded on trial, to choose the ridge of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Correction:
 
 
 def no_correction(moments: Moments) -> Correction:
-    """The weight as it is."""
+    """The correction that leaves the weight as it is."""
     zero = torch.zeros_like(moments.linear)
     return Correction(zero, (zero,) * len(moments.folds))
 
@@ -51,9 +56,9 @@ def correct(moments: Moments) -> Correction:
 
     With the fit ``F`` of one fold and ``L``, ``G`` of the other, the share ``c`` of a row saves
     ``2 c F L' - c^2 F G F'``; the share is halfway between what is best for the row and for the
-    layer, for a row alone tells little. Ridge and share are kept for the fit of all samples.
-    A little less ridge would do for twice as many, but the prefix has been fitted to these
-    samples, and flatters all that is judged on them.
+    layer, since a row alone tells little. Ridge and share are kept for the fit of all samples.
+    Twice as many samples would do with less ridge; but the prefix has been fitted to these
+    samples, so that whatever is judged on them looks better than it is.
     """
     best: tuple[float, torch.Tensor, list[torch.Tensor]] | None = None
     most = 0.0
@@ -132,12 +137,12 @@ def towards(problem: Objective, gram: Gram, correction: torch.Tensor) -> Objecti
 
 
 def _error(delta: torch.Tensor, fold: Moments, rows: slice) -> float:
-    """The error power of a change of the weight on a fold, but for what no change alters."""
+    """The error power of a change of the weight on a fold, less the part that no change alters."""
     return float((delta * (fold.gram.times(delta) - 2 * fold.linear[:, rows])).sum())
 
 
 def mean_error(weight: torch.Tensor, delta: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """The mean error ``[g, o]`` of the output, for the bias to take up, as far as it is sure.
+    """The part of the output's mean error ``[g, o]`` that is sure, for the bias to take up.
 
     Of a mean ``m`` that is uncertain by ``n`` the share ``1 - n / m^2`` is kept (James and
     Stein). The two folds tell ``n`` as a share of the variance, for all rows together.

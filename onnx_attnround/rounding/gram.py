@@ -12,27 +12,31 @@ from dataclasses import dataclass
 
 import torch
 
-LEAST_POWER = 1e-12  # that a ridge is a share of
+LEAST_POWER = 1e-12
+"""A ridge is a share of the inputs' mean power, or of this where that is less.
+
+So the matrix of inputs that are always zero can be inverted, too.
+"""
 
 
 class Gram(ABC):
-    """``G`` for each group, ``[g, d, d]``, as the products that a rounding takes with it."""
+    """``G`` of each group, ``[g, d, d]``, behind the few products that a rounding needs of it."""
 
     @property
     @abstractmethod
     def diagonal(self) -> torch.Tensor:
-        """``[g, d]``."""
+        """The power of each input, ``[g, d]``."""
 
     @abstractmethod
-    def block(self, part: slice) -> torch.Tensor:
-        """Rows and columns ``part`` of it, ``[g, b, b]``."""
+    def part(self, part: slice) -> torch.Tensor:
+        """Its rows and columns ``part`` as a matrix, ``[g, b, b]``."""
 
     @abstractmethod
     def times(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows @ G``, ``[g, o, d]``."""
 
     @abstractmethod
-    def spread(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+    def times_part(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
         """``rows @ G[part]``, ``[g, o, d]`` for ``rows [g, o, b]``."""
 
     @abstractmethod
@@ -41,11 +45,11 @@ class Gram(ABC):
 
     @abstractmethod
     def ridged(self, share: float) -> Gram:
-        """With ``share`` of the mean power added to the diagonal."""
+        """The same with ``share`` of the mean power added to the diagonal."""
 
     @abstractmethod
     def centred(self, mean: torch.Tensor) -> Gram:
-        """That of ``v`` less its ``mean [g, d]``."""
+        """The second moments of ``v`` less its ``mean [g, d]``."""
 
     @abstractmethod
     def mixed(self, other: Gram, share: float) -> Gram:
@@ -67,13 +71,13 @@ class _Dense(Gram):
     def diagonal(self) -> torch.Tensor:
         return self.matrix.diagonal(dim1=1, dim2=2)
 
-    def block(self, part: slice) -> torch.Tensor:
+    def part(self, part: slice) -> torch.Tensor:
         return self.matrix[:, part, part]
 
     def times(self, rows: torch.Tensor) -> torch.Tensor:
         return rows @ self.matrix
 
-    def spread(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+    def times_part(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
         return rows @ self.matrix[:, part]
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
@@ -89,7 +93,7 @@ class _Dense(Gram):
         return _Dense(self.matrix - mean[:, :, None] * mean[:, None, :])
 
     def mixed(self, other: Gram, share: float) -> _Dense:
-        return _Dense(torch.lerp(self.matrix, other.block(slice(None)), share))
+        return _Dense(torch.lerp(self.matrix, other.part(slice(None)), share))
 
     @property
     def finite(self) -> bool:
@@ -107,15 +111,15 @@ class _Factored(Gram):
     def diagonal(self) -> torch.Tensor:
         return self.rows.square().sum(1) + self.ridge[:, None]
 
-    def block(self, part: slice) -> torch.Tensor:
+    def part(self, part: slice) -> torch.Tensor:
         rows = self.rows[..., part]
         unit = torch.eye(rows.shape[-1], device=rows.device)
         return rows.transpose(1, 2) @ rows + self.ridge[:, None, None] * unit
 
     def times(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.spread(rows, slice(None))
+        return self.times_part(rows, slice(None))
 
-    def spread(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+    def times_part(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
         result = (rows @ self.rows[..., part].transpose(1, 2)) @ self.rows
         result[..., part] += self.ridge[:, None, None] * rows
         return result
@@ -156,13 +160,13 @@ class _Diagonal(Gram):
     def diagonal(self) -> torch.Tensor:
         return self.powers
 
-    def block(self, part: slice) -> torch.Tensor:
+    def part(self, part: slice) -> torch.Tensor:
         return torch.diag_embed(self.powers[:, part])
 
     def times(self, rows: torch.Tensor) -> torch.Tensor:
         return rows * self.powers[:, None, :]
 
-    def spread(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+    def times_part(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
         result = rows.new_zeros(*rows.shape[:2], self.powers.shape[-1])
         result[..., part] = rows * self.powers[:, None, part]
         return result

@@ -18,16 +18,35 @@ import torch
 
 from onnx_attnround.rounding.objective import Objective, refit_scale, search_scale
 
-TAU = 0.5  # standard deviation of the first offsets, in steps of the grid
-LEARNING_RATE = 0.2  # of Adam, in steps of the grid
-WIDE = 640  # inputs that greedy descent looks at together; of more, it takes ...
-BLOCK = 128  # ... so many at a time ...
-SWEEPS = 8  # ... in so many passes at most
-REFITS = 3  # alternations of least-squares scale and descent
-RESAMPLES = 20  # draws around the solution, for layers of up to WIDE inputs
-MOST_WEIGHTS = 1 << 23  # that are rounded together: a dozen tensors of so many are alive
-RESAMPLE_TAU = 0.25  # standard deviation of these draws, in steps of the grid
-WORTH_DRAWS = 0.03  # share of the error that comes of rounding; draws save a fifth of it at best
+TAU = 0.5
+"""The standard deviation of the first offsets, in steps of the grid."""
+
+LEARNING_RATE = 0.2
+"""The first learning rate of Adam, in steps of the grid."""
+
+WHOLE = 640
+"""Up to so many inputs, greedy descent looks at a row as a whole; else at panels of it."""
+
+PANEL = 128
+"""The inputs of a panel: adjacent columns of the weight that descend together."""
+
+SWEEPS = 8
+"""The passes over all panels at most."""
+
+REFITS = 3
+"""How often a least-squares scale and a descent follow each other."""
+
+RESAMPLES = 20
+"""The draws around the solution, for layers of up to ``WHOLE`` inputs."""
+
+RESAMPLE_TAU = 0.25
+"""The standard deviation of these draws, in steps of the grid."""
+
+WORTH_DRAWS = 0.03
+"""Draws are made if rounding causes this share of the error: they save a fifth of it at best."""
+
+MOST_WEIGHTS = 1 << 23
+"""The weights that are rounded together at most: a dozen tensors of that size are alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +101,7 @@ def _solve(problem: Objective, method: str, steps: int, seed: int) -> Solution:
     generator = torch.Generator().manual_seed(seed)
     codes, final_scale = ROUNDERS[method](problem, scale, steps, generator)
     loss = problem.loss(codes, final_scale)
+    # Rows that share a scale must change it together.
     worse = problem.pool(loss) > problem.pool(loss_nearest)
     codes = torch.where(worse[..., None], nearest, codes)
     final_scale = torch.where(worse[..., None], scale, final_scale)
@@ -117,7 +137,7 @@ def round_attention(
     for _ in range(REFITS):
         scale = refit_scale(problem, codes, scale)
         codes = descend(problem, codes, scale)
-    if steps and codes.shape[-1] <= WIDE and _matters(problem, codes, scale):
+    if steps and codes.shape[-1] <= WHOLE and _matters(problem, codes, scale):
         codes = resample(problem, codes, scale, generator)
         scale = refit_scale(problem, codes, scale)
         codes = descend(problem, codes, scale)
@@ -127,9 +147,11 @@ def round_attention(
 def _matters(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> bool:
     """Whether the error is above that of real-valued weights by more than ``WORTH_DRAWS``.
 
-    At 8 bits it rarely is: what is left of it the layer's input has brought.
+    At 8 bits it rarely is: there most of the error comes in with the layer's input, and no
+    rounding takes it away.
     """
     loss = problem.loss(codes, scale).sum()
+    # Draws are made, too, where either loss is NaN, from a singular Gram matrix.
     return not bool(loss - problem.least_loss().sum() < WORTH_DRAWS * loss)
 
 
@@ -169,6 +191,8 @@ def attention_codes(
     weight pass, moves further away fade, yet never to zero.
     """
     position = problem.weight / scale
+    # The gradient is known in closed form, so Adam is written out on bare tensors, in place:
+    # there is no graph of operations to build and to keep.
     offset = _normal(position, generator) * TAU
     momentum, variance = torch.zeros_like(offset), torch.zeros_like(offset)
     best = problem.nearest(scale)
@@ -176,6 +200,7 @@ def attention_codes(
     for step in range(1, steps + 1):
         codes = problem.clip_round(position + offset)
         slope = problem.slope(codes, scale)
+        # ``problem.loss`` once more, by way of the slope, which is needed anyway.
         loss = ((codes * scale - problem.weight) * (slope - problem.linear)).sum(-1)
         loss += problem.constant
         better = loss < best_loss
@@ -208,40 +233,40 @@ def _adam(
 def descend(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Greedy coordinate descent: in each row the weight moves that gains most, to any level.
 
-    Up to ``WIDE`` inputs are looked at together, until no move of a single weight
-    gains. More are taken in blocks, so that a move costs the width of a block, and
-    what a block did to the rest is made up by one product behind it; ``SWEEPS``
-    bounds the passes.
+    Up to ``WHOLE`` inputs are looked at together, until no move of a single weight
+    gains. More are taken in panels, so that a move costs the width of a panel; how the
+    moves in a panel change the slope of the other inputs is made up by one product after
+    it. ``SWEEPS`` bounds the passes.
     """
     depth = codes.shape[-1]
-    width = depth if depth <= WIDE else BLOCK
+    width = depth if depth <= WHOLE else PANEL
     codes = codes.clone()
     slope = problem.slope(codes, scale)
     for _ in range(SWEEPS if width < depth else 1):
         moved = False
         for start in range(0, depth, width):
-            block = slice(start, min(start + width, depth))
-            step = scale[..., block] if problem.block_size else scale
-            better = _descend_block(problem, codes, slope, step, block)
-            change = (better - codes[..., block]).mul_(step)
+            panel = slice(start, min(start + width, depth))
+            step = scale[..., panel] if problem.block_size else scale
+            better = _descend_panel(problem, codes, slope, step, panel)
+            change = (better - codes[..., panel]).mul_(step)
             if bool(change.any()):
                 moved = True
-                codes[..., block] = better
+                codes[..., panel] = better
                 if width < depth:
-                    slope += problem.gram.spread(change, block)
+                    slope += problem.gram.times_part(change, panel)
         if not moved:
             break
     return codes
 
 
-def _descend_block(
+def _descend_panel(
     problem: Objective,
     codes: torch.Tensor,
     slope: torch.Tensor,
     scale: torch.Tensor,
-    block: slice,
+    panel: slice,
 ) -> torch.Tensor:
-    """Codes ``[g, o, b]`` of one block of inputs, from which no single move gains.
+    """Codes ``[g, o, b]`` of one panel of inputs, from which no single move gains.
 
     With the excess ``u_j = h_j / (s_j G_jj)`` of the slope ``h``, in steps of the
     grid, the best move of code ``j`` is ``k = round(q_j - u_j) - q_j``, within the
@@ -249,22 +274,24 @@ def _descend_block(
     ``k s_i G_ij / (s_j G_jj)`` to the excess of ``j``. Rows that are done drop out.
     """
     groups, outputs, _ = codes.shape
+    # Rows of all groups are flattened into one batch, so that each step is a few large operations.
     group = torch.arange(groups, device=codes.device).repeat_interleave(outputs)
-    gram = problem.gram.block(block)
+    gram = problem.gram.part(panel)
     diagonal = gram.diagonal(dim1=1, dim2=2)[group]
     pull = gram / gram.diagonal(dim1=1, dim2=2)[:, None, :]  # of input i on the excess of j
     pull, first = pull.flatten(0, 1), group * pull.shape[1]
-    result = codes[..., block].reshape(len(group), -1).clone()
+    result = codes[..., panel].reshape(len(group), -1).clone()
     step = scale.reshape(len(group), -1)
-    excess = slope[..., block].reshape(result.shape) / (diagonal * step)
+    excess = slope[..., panel].reshape(result.shape) / (diagonal * step)
     step = (step / step.amax(1, keepdim=True)).expand_as(excess)  # all 1 without blocks
+    # Gains are compared within a row alone: relative to its mean, one threshold fits all rows.
     weight = diagonal * step.square()
     weight = weight / weight.mean(1, keepdim=True)
     state, active = result.clone(), torch.arange(len(result), device=codes.device)
     for _ in range(8 * result.shape[1] + 256):  # a bound; rows are done long before
         move = torch.sub(state, excess).round_().clamp_(problem.qmin, problem.qmax).sub_(state)
         gain, where = torch.add(move, excess, alpha=2).mul_(move).mul_(weight).min(1)
-        gains = gain < -1e-6
+        gains = gain < -1e-6  # smaller ones are rounding errors of float32, and would never end
         left = int(gains.sum())
         taken = move.gather(1, where[:, None]).mul_(gains[:, None])
         state.scatter_add_(1, where[:, None], taken)
@@ -272,6 +299,7 @@ def _descend_block(
         if problem.block_size:
             push.mul_(step.gather(1, where[:, None])).div_(step)
         excess += push
+        # To pick out the rows that go on costs a copy of all, so it is done when it pays.
         if left < 0.75 * len(active):
             result[active] = state
             if not left:

@@ -30,14 +30,31 @@ from onnx_attnround.records import LayerPlan, QuantParams
 from onnx_attnround.rounding.gram import Gram, dense, diagonal, factored
 
 FOLDS = 2
-NEIGHBOURS = 16  # samples in a row that go to one fold, at most: those of a recording are alike
-LEAST_RUNS = 8  # runs of neighbours that few samples are split into
-PER_INPUT = 512  # patches sampled, for each entry of a patch ...
-ENOUGH = 16384  # ... while that is no more than this; then so many, and ...
-LEAST_PER_INPUT = 32  # ... for each entry at least
-WIDE = 8192  # inputs beyond which patches are kept, and not all of their products ...
-WIDE_PATCHES = 8192  # ... of so many patches
-MANY_INPUTS = 128  # from here on products take so long that bfloat16 pays
+"""The parts of the samples, by turns, of which each judges what is fitted on the other."""
+
+NEIGHBOURS = 16
+"""So many samples in a row go to one fold at most: neighbours, as in a recording, are alike."""
+
+LEAST_RUNS = 8
+"""Few samples are dealt out in at least so many runs, so that both folds have some of all."""
+
+PER_INPUT = 512
+"""The patches that are looked at for each entry of a patch, up to ``ENOUGH`` in all."""
+
+ENOUGH = 16384
+"""Patches of a layer that are enough, unless ``LEAST_PER_INPUT`` asks for more."""
+
+LEAST_PER_INPUT = 32
+"""The patches that are looked at for each entry of a patch, at least."""
+
+WIDE = 8192
+"""The most inputs whose ``G`` is summed up; of more, ``WIDE_PATCHES`` patches are kept instead."""
+
+WIDE_PATCHES = 8192
+"""The patches that are kept of a layer with more than ``WIDE`` inputs."""
+
+MANY_INPUTS = 128
+"""From so many inputs on, products take so long that bfloat16 is worth its error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +87,10 @@ class Moments:
         return self.gram.finite and all(bool(mean.isfinite().all()) for mean in means)
 
     def mixed(self, other: Moments, share: float) -> Moments:
-        """The mean with those of another reader of the weight, which make up ``share`` of it."""
+        """The mean of these and ``other``, which another reader has of the same weight.
+
+        ``share`` is what the latter count in it.
+        """
         return Moments(
             gram=self.gram.mixed(other.gram, share),
             linear=torch.lerp(self.linear, other.linear, share),
@@ -99,7 +119,6 @@ def collect(
 
     Without ``correlations`` the Gram matrix has its diagonal alone, and ``W D`` is zero: rounding
     to nearest needs no more, and the products take most of the time.
-
     ``weight`` is ``[g, o, d]``, on the device of the batches. ``v`` are codes where
     ``params`` is given. Which patches are sampled depends on a sample's running index
     alone, not on the batch that it comes in; those that are not finite,
@@ -113,6 +132,7 @@ def collect(
     seen = 0
     for x, v in batches:
         rows_x, rows_v = _rows(layer, x, v, params, seen, count, depth)
+        # Judged once for the batch, since to look at each patch takes longer.
         finite = bool(x.isfinite().all()) and bool(v.isfinite().all())
         e = torch.sub(rows_x, rows_v, alpha=scale)
         for fold, part in _fold_slices(seen, x.shape[0], count, rows_v.shape[1]):
@@ -176,7 +196,10 @@ def _rows(
     count: int,
     depth: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled patches of both streams, ``[g, n, d]``; ``v`` in steps of its scale, from zero."""
+    """Sampled patches of both streams, ``[g, n, d]``; ``v`` in steps of its scale, from zero.
+
+    Small integers they stay exact in bfloat16 (:func:`_short_products`); the sums are scaled later.
+    """
     zero = 0.0 if params is None else float(params.zero_point)
     grid_x, grid_v = (input_grid(layer, _plain(values)) for values in (x, v))
     index = _positions(len(grid_x.x), grid_x.count, seen, count, depth)
@@ -240,14 +263,14 @@ class _Sums(ABC):
     def variance(
         self, gram: Gram, linear: torch.Tensor, means: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """That of ``W x = W v + W e``."""
+        """The variance of ``W x = W v + W e``, ``[g, o]``."""
         mean = (self.weight @ (means[0] + means[1])[..., None])[..., 0]
         power = ((gram.times(self.weight) + 2 * linear) * self.weight).sum(-1) + means[2]
         return power - mean.square()
 
 
 class _Products(_Sums):
-    """``G`` from ``v v'``, and ``W D`` from the smaller one of ``W e v'`` and ``e v'``."""
+    """``G`` from ``v v'``, and ``W D`` from ``W e v'`` or ``e v'``, whichever is smaller."""
 
     def __init__(self, weight: torch.Tensor, short: bool) -> None:
         super().__init__(weight)

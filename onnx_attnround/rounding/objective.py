@@ -17,8 +17,11 @@ from onnx_attnround.records import QuantSpec
 from onnx_attnround.rounding.gram import Gram, identity
 from onnx_attnround.rounding.moments import Moments
 
-RIDGE = 1e-4  # white noise on the inputs, relative to their mean power
+RIDGE = 1e-4
+"""White noise on the inputs, as a share of their mean power, which keeps ``G`` well-conditioned."""
+
 SCALE_CANDIDATES = torch.linspace(0.3, 1.1, 33)
+"""Scales that are tried, as shares of the one that just holds a row's largest weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Objective:
 
     def least_loss(self) -> torch.Tensor:
         """The loss of the best real-valued weight, ``[g, o]``: ``delta G = W D``."""
-        gram = self.gram.block(slice(None))
+        gram = self.gram.part(slice(None))
         delta: torch.Tensor = torch.linalg.solve_ex(gram, self.linear, left=False)[0]
         return self.constant - (delta * self.linear).sum(-1)
 
@@ -167,13 +170,14 @@ def search_scale(problem: Objective) -> torch.Tensor:
 def _widest_scale(problem: Objective) -> torch.Tensor:
     """The scale of each block that just holds its largest weight, ``[g, o, blocks]``.
 
-    Dead blocks take the mean of the others.
+    Blocks of zeros take the mean of the others: their scale is free, but must be a number.
     """
     peak = problem.per_block(problem.weight.abs()).amax(-1)
     if problem.shared_axes:
         peak = peak.amax(problem.shared_axes, keepdim=True).expand_as(peak)
     scale = peak / problem.qmax
     alive = scale > torch.finfo(torch.float32).tiny
+    # The weight is zero as a whole: any scale does.
     usual = scale[alive].mean() if bool(alive.any()) else scale.new_tensor(2.0**-12)
     return torch.maximum(torch.where(alive, scale, usual), problem.scale_floor[..., None])
 
@@ -183,13 +187,13 @@ def refit_scale(
 ) -> torch.Tensor:
     """The least-squares scale for given codes: ``(q G W' + q (W D)') / (q G q')``.
 
-    Of several blocks one after the other is fitted to what the rest leaves of ``W``.
+    Several blocks are fitted one after the other, each to what the rest leaves of ``W``.
     A block keeps its scale where the fit is undefined or leaves ``[s/3, 3s]``.
     """
     rest = problem.weight - codes * scale
     fitted = scale.clone()
     for block in problem.blocks():
-        here = block if problem.block_size else slice(None)  # of the scale
+        here = block if problem.block_size else slice(None)  # a row of one block has one scale
         held = codes[..., block]
         rest[..., block] = problem.weight[..., block]
         fitted[..., here] = _fit(problem, block, held, rest, scale[..., here])
@@ -201,7 +205,7 @@ def _fit(
     problem: Objective, block: slice, codes: torch.Tensor, rest: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
     """The scale of the codes ``[g, o, b]`` of one block that is to make up for ``rest``."""
-    projected = problem.gram.spread(codes, block)
+    projected = problem.gram.times_part(codes, block)
     power = problem.pool((projected[..., block] * codes).sum(-1))
     wanted = projected.mul_(rest)
     wanted[..., block] += codes * problem.linear[..., block]

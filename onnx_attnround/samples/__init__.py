@@ -97,12 +97,12 @@ class Samples:
         for (static, _), group in groupby(self._selected(), key=lambda part: part.key):
             first = next(group)
             size = static or min(batch_size, self._most or batch_size)
-            fixed = {name: next(stream.blocks(None)) for name, stream in first.fixed.items()}
+            fixed = {name: next(stream.chunks(None)) for name, stream in first.fixed.items()}
             if not first.rows:
                 yield fixed
                 continue
-            blocks = chain.from_iterable(part.blocks(size) for part in chain([first], group))
-            for batch in _rechunk(blocks, size, drop_rest=static is not None):
+            chunks = chain.from_iterable(part.chunks(size) for part in chain([first], group))
+            for batch in _rechunk(chunks, size, drop_rest=static is not None):
                 yield {**batch, **fixed}
 
     def labels(self) -> Array | None:
@@ -216,7 +216,7 @@ def _class_indices(stream: Stream) -> Array:
             f"{stream.label}: got {stream.dtype} {list(stream.shape)}, expected integers [n]: "
             "give class indices"
         )
-    return np.atleast_1d(next(stream.blocks(None))).astype(np.int64)
+    return np.atleast_1d(next(stream.chunks(None))).astype(np.int64)
 
 
 def keys_of(source: object) -> list[str]:
@@ -235,24 +235,24 @@ def _evenly(count: int, number: int) -> Array:
     return chosen
 
 
-def _rechunk(blocks: Iterable[Feeds], size: int, *, drop_rest: bool) -> Iterator[Feeds]:
+def _rechunk(chunks: Iterable[Feeds], size: int, *, drop_rest: bool) -> Iterator[Feeds]:
     """Blocks of any length, none above ``size`` rows, joined and cut to ``size`` rows."""
     held: list[Feeds] = []
     rows = 0
-    for block in blocks:
-        held.append(block)
-        rows += length(block)
+    for chunk in chunks:
+        held.append(chunk)
+        rows += length(chunk)
         if rows >= size:
             over = rows - size
-            keep = length(block) - over
-            held[-1] = rows_of(block, 0, keep)
+            keep = length(chunk) - over
+            held[-1] = rows_of(chunk, 0, keep)
             yield _joined(held)
-            held, rows = [rows_of(block, keep, keep + over)] if over else [], over
+            held, rows = [rows_of(chunk, keep, keep + over)] if over else [], over
     if held and not drop_rest:
         yield _joined(held)
 
 
-def _joined(blocks: Sequence[Feeds]) -> Feeds:
-    if len(blocks) == 1:
-        return blocks[0]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+def _joined(chunks: Sequence[Feeds]) -> Feeds:
+    if len(chunks) == 1:
+        return chunks[0]
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}

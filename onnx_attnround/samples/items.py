@@ -31,7 +31,7 @@ from onnx_attnround.samples.sources import (
     is_array,
     mapping_of,
 )
-from onnx_attnround.samples.streams import Found, Stream, listed, memory
+from onnx_attnround.samples.streams import Stream, Streams, listed, memory
 
 
 def feeds_of(
@@ -141,7 +141,7 @@ class Kept:
         self._drawn.append(replace(feed, found=self._found(feed), labels=labels))
         return True
 
-    def _found(self, feed: Feed) -> Found | Callable[[], Stream]:
+    def _found(self, feed: Feed) -> Streams | Callable[[], Stream]:
         """What the feed holds, as it is kept; a name that nobody reads stays without values."""
         if not isinstance(feed.found, Mapping):
             return self._kept(feed.found())
@@ -152,7 +152,7 @@ class Kept:
         }
 
     def _kept(self, stream: Stream) -> Callable[[], Stream]:
-        array = next(stream.blocks(None))
+        array = next(stream.chunks(None))
         if not array.size:  # which nothing can be mapped to
             return partial(memory, stream.label, array)
         try:

@@ -15,8 +15,8 @@ from onnx_attnround.samples.preprocess import PREPROCESS, Preprocess
 from onnx_attnround.samples.sources import IMAGES, LABELS, Feed
 from onnx_attnround.samples.streams import (
     Feeds,
-    Found,
     Stream,
+    Streams,
     length,
     listed,
     reading,
@@ -41,16 +41,16 @@ class Part:
     chosen: Array | None = None
     labels: Callable[[], Stream] | None = None
 
-    def blocks(self, size: int) -> Iterator[Feeds]:
+    def chunks(self, size: int) -> Iterator[Feeds]:
         """Blocks of at most ``size`` rows, in order: those of the first ``count`` that are used."""
         done = 0
-        for arrays in zip(*(stream.blocks(size) for stream in self.rows.values()), strict=True):
-            block = rows_of(dict(zip(self.rows, arrays, strict=True)), 0, self.count - done)
+        for arrays in zip(*(stream.chunks(size) for stream in self.rows.values()), strict=True):
+            chunk = rows_of(dict(zip(self.rows, arrays, strict=True)), 0, self.count - done)
             if self.chosen is None:
-                yield block
-            elif (taken := self.chosen[done : done + length(block)]).any():
-                yield {name: array[taken] for name, array in block.items()}
-            done += length(block)
+                yield chunk
+            elif (taken := self.chosen[done : done + length(chunk)]).any():
+                yield {name: array[taken] for name, array in chunk.items()}
+            done += length(chunk)
             if done >= self.count:
                 return
 
@@ -137,7 +137,7 @@ def _matched(feed: Feed, specs: Sequence[InputSpec], preprocess: Preprocess | No
     raise CalibrationError(_missing(feed.label, missing[0], names, found))
 
 
-def _missing(label: str, name: str, names: Sequence[str], found: Found) -> str:
+def _missing(label: str, name: str, names: Sequence[str], found: Streams) -> str:
     if len(names) == 1 and len(found) == 1:
         return (
             f"'{label}' holds '{next(iter(found))}', expected the model's input '{name}': "
@@ -168,13 +168,13 @@ def _fitted(stream: Stream, spec: InputSpec, preprocess: Preprocess | None) -> S
             f"input '{spec.name}': {_shape_remedy(stream.shape, spec, preprocess)}"
         )
 
-    def blocks(rows: int | None) -> Iterator[Array]:
+    def chunks(rows: int | None) -> Iterator[Array]:
         start = 0
-        for block in stream.blocks(rows):
-            yield _cast(block, spec.dtype, stream.label, start)
-            start += len(block) if block.ndim else 1
+        for chunk in stream.chunks(rows):
+            yield _cast(chunk, spec.dtype, stream.label, start)
+            start += len(chunk) if chunk.ndim else 1
 
-    return replace(stream, dtype=spec.dtype, blocks=blocks)
+    return replace(stream, dtype=spec.dtype, chunks=chunks)
 
 
 def _shape_remedy(shape: Sequence[int], spec: InputSpec, preprocess: Preprocess | None) -> str:
@@ -196,21 +196,21 @@ def _batched(stream: Stream, rank: int) -> Stream:
     return replace(
         stream,
         shape=(1, *stream.shape),
-        blocks=lambda _: (block[None] for block in stream.blocks(None)),
+        chunks=lambda _: (chunk[None] for chunk in stream.chunks(None)),
     )
 
 
 def _preprocessed(stream: Stream, preprocess: Preprocess) -> Stream:
-    def blocks(rows: int | None) -> Iterator[Array]:
-        for block in stream.blocks(rows):
+    def chunks(rows: int | None) -> Iterator[Array]:
+        for chunk in stream.chunks(rows):
             with reading(stream.label):
-                result = preprocess.apply_batch(block)
+                result = preprocess.apply_batch(chunk)
             yield result
 
     with reading(stream.label):
         shape = preprocess.output_shape(stream.shape[1], stream.shape[2])
     return replace(
-        stream, dtype=np.dtype(np.float32), shape=(stream.shape[0], *shape), blocks=blocks
+        stream, dtype=np.dtype(np.float32), shape=(stream.shape[0], *shape), chunks=chunks
     )
 
 
@@ -223,20 +223,20 @@ def _check_dtype(stream: Stream, spec: InputSpec) -> None:
         )
 
 
-def _cast(block: Array, dtype: np.dtype[Any], label: str, start: int) -> Array:
-    """``block`` in ``dtype``; ``start`` is the index of its first sample, for errors."""
+def _cast(chunk: Array, dtype: np.dtype[Any], label: str, start: int) -> Array:
+    """``chunk`` in ``dtype``; ``start`` is the index of its first sample, for errors."""
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
-            cast = block.astype(dtype, copy=False)
+            cast = chunk.astype(dtype, copy=False)
         wrong, what = ~np.isfinite(cast), f"NaN, Inf or a value beyond {dtype}"
-    elif block.dtype != dtype:
-        cast = block.astype(dtype)
+    elif chunk.dtype != dtype:
+        cast = chunk.astype(dtype)
         info = np.iinfo(dtype)
-        wrong, what = (block < info.min) | (block > info.max), f"a value beyond {dtype}"
+        wrong, what = (chunk < info.min) | (chunk > info.max), f"a value beyond {dtype}"
     else:
-        return block
+        return chunk
     if wrong.any():
-        index = start + (int(np.argwhere(wrong)[0][0]) if block.ndim else 0)
+        index = start + (int(np.argwhere(wrong)[0][0]) if chunk.ndim else 0)
         raise CalibrationError(f"{label}: sample {index} holds {what}: repair or remove it")
     return cast
 

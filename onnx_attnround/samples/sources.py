@@ -18,8 +18,8 @@ from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, InputSpec
 from onnx_attnround.samples.preprocess import Preprocess, pixels
 from onnx_attnround.samples.streams import (
-    Found,
     Stream,
+    Streams,
     image,
     listed,
     memory,
@@ -44,7 +44,7 @@ class Feed:
     """
 
     label: str
-    found: Found | Callable[[], Stream]
+    found: Streams | Callable[[], Stream]
     as_is: bool
     labels: Callable[[], Stream] | None = None
 
@@ -74,7 +74,7 @@ def feeds_of_whole(
     return lambda: [feed]
 
 
-def arrays_of(source: object) -> Found:
+def arrays_of(source: object) -> Streams:
     """The arrays of an .npz or a mapping by their names; none for other forms."""
     if isinstance(source, Mapping):
         return mapping_of("mapping", source, None)
@@ -83,7 +83,7 @@ def arrays_of(source: object) -> Found:
     return {}
 
 
-def mapping_of(label: str, arrays: Mapping[str, Any], preprocess: Preprocess | None) -> Found:
+def mapping_of(label: str, arrays: Mapping[str, Any], preprocess: Preprocess | None) -> Streams:
     """The arrays of a mapping by their names, read as :func:`as_array` does when asked for."""
     return {
         str(key): partial(_array_stream, f"{label}['{key}']", value, preprocess)
@@ -142,7 +142,7 @@ def _feeds_of_path(
 
 def file_feed(path: Path, preprocess: Preprocess | None, *, as_is: bool) -> Feed:
     """The feed of a file, whose form its name tells; raises ``CalibrationError``."""
-    found: Found | Callable[[], Stream]
+    found: Streams | Callable[[], Stream]
     suffix = path.suffix.lower()
     if suffix == ".npz":
         found = npz(path)

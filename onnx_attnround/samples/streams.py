@@ -25,29 +25,29 @@ Feeds = dict[str, Array]
 class Stream:
     """An array with a known header.
 
-    ``blocks(n)`` yields consecutive blocks of at most ``n`` rows (entries of
-    axis 0); ``blocks(None)`` yields the whole array at once.
+    ``chunks(n)`` yields consecutive chunks of at most ``n`` rows (entries of
+    axis 0); ``chunks(None)`` yields the whole array at once.
     """
 
     label: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    blocks: Callable[[int | None], Iterator[Array]]
+    chunks: Callable[[int | None], Iterator[Array]]
 
 
-Found = Mapping[str, Callable[[], Stream]]
+Streams = Mapping[str, Callable[[], Stream]]
 
 
 def memory(label: str, array: Array) -> Stream:
     """An array in memory."""
 
-    def blocks(rows: int | None) -> Iterator[Array]:
+    def chunks(rows: int | None) -> Iterator[Array]:
         if rows is None:
             yield array
         else:
             yield from (array[start : start + rows] for start in range(0, len(array), rows))
 
-    return Stream(label=label, dtype=array.dtype, shape=array.shape, blocks=blocks)
+    return Stream(label=label, dtype=array.dtype, shape=array.shape, chunks=chunks)
 
 
 def _npy(label: str, opened: Callable[[], AbstractContextManager[IO[bytes]]], size: int) -> Stream:
@@ -63,7 +63,7 @@ def _npy(label: str, opened: Callable[[], AbstractContextManager[IO[bytes]]], si
             "the file is cut short, save it again"
         )
 
-    def blocks(rows: int | None) -> Iterator[Array]:
+    def chunks(rows: int | None) -> Iterator[Array]:
         with reading(label), opened() as file:
             _npy_header(label, file)
             if rows is None:
@@ -73,7 +73,7 @@ def _npy(label: str, opened: Callable[[], AbstractContextManager[IO[bytes]]], si
                 count = min(rows, shape[0] - start)
                 yield _read(file, count * row_bytes, dtype).reshape(count, *shape[1:])
 
-    return Stream(label=label, dtype=dtype, shape=shape, blocks=blocks)
+    return Stream(label=label, dtype=dtype, shape=shape, chunks=chunks)
 
 
 def _npy_header(label: str, file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -101,7 +101,7 @@ def _read(file: IO[bytes], size: int, dtype: np.dtype[Any]) -> Array:
     return np.frombuffer(data, dtype)
 
 
-def npz(path: Path) -> Found:
+def npz(path: Path) -> Streams:
     """The arrays of an .npz file by key; nothing but the directory is read yet."""
 
     @contextmanager
@@ -127,11 +127,11 @@ def image(path: Path, mode: str) -> Stream:
     with reading(str(path)), Image.open(path) as opened:
         shape = (1, opened.height, opened.width, len(mode))
 
-    def blocks(_: int | None) -> Iterator[Array]:
+    def chunks(_: int | None) -> Iterator[Array]:
         with reading(str(path)), Image.open(path) as opened:
             yield pixels(opened, mode)[None]
 
-    return Stream(label=str(path), dtype=np.dtype(np.uint8), shape=shape, blocks=blocks)
+    return Stream(label=str(path), dtype=np.dtype(np.uint8), shape=shape, chunks=chunks)
 
 
 @contextmanager
@@ -152,14 +152,14 @@ def reading(label: str) -> Iterator[None]:
         ) from error
 
 
-def rows_of(block: Feeds, start: int, stop: int) -> Feeds:
+def rows_of(chunk: Feeds, start: int, stop: int) -> Feeds:
     """Rows ``start`` to ``stop`` of every array."""
-    return {name: array[start:stop] for name, array in block.items()}
+    return {name: array[start:stop] for name, array in chunk.items()}
 
 
-def length(block: Feeds) -> int:
+def length(chunk: Feeds) -> int:
     """The number of rows."""
-    return len(next(iter(block.values())))
+    return len(next(iter(chunk.values())))
 
 
 def listed(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from onnx_attnround.graph import tensor_value
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.records import LayerPlan, OnEvent, QuantPlan, Smoothing
 from onnx_attnround.samples import Samples
-from onnx_attnround.smooth.choice import Layer, choose
+from onnx_attnround.smooth.choice import JudgedLayer, choose
 from onnx_attnround.smooth.groups import channels_of, find_groups
 from onnx_attnround.smooth.rewrite import smoothed
 from onnx_attnround.smooth.statistics import Statistics
@@ -57,7 +57,7 @@ def find_smoothing(
     }
 
 
-def _layer(model: ir.Model, plan: LayerPlan, config: QuantConfig) -> Layer:
+def _layer(model: ir.Model, plan: LayerPlan, config: QuantConfig) -> JudgedLayer:
     weight = weight_matrix(plan, tensor_value(model, plan.weight))
     groups, outputs, depth = weight.shape
     inputs = channels_of(plan) // groups
@@ -65,4 +65,4 @@ def _layer(model: ir.Model, plan: LayerPlan, config: QuantConfig) -> Layer:
     tiled = np.tile(channels, (1, depth // inputs, 1)).reshape(groups, depth)
     some = np.array(weight[:, :: -(-outputs * groups // MOST_OUTPUTS)], np.float32)
     bits = max(config.weight_bits, config.first_last_bits * plan.first_or_last)
-    return Layer(plan, plan.spec_of(bits), torch.from_numpy(some), torch.from_numpy(tiled))
+    return JudgedLayer(plan, plan.spec_of(bits), torch.from_numpy(some), torch.from_numpy(tiled))

@@ -35,7 +35,7 @@ FITTED = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class JudgedLayer:
     """A layer of the group: weight ``[g, o, d]``, and the channel of each input ``[g, d]``.
 
     ``spec`` is what the weight is to be rounded to.
@@ -47,7 +47,7 @@ class Layer:
     channels: torch.Tensor
 
 
-def choose(statistics: Statistics, layers: Sequence[Layer], observer: str) -> Smoothing:
+def choose(statistics: Statistics, layers: Sequence[JudgedLayer], observer: str) -> Smoothing:
     """The scale per channel, if any, and the observer of the range.
 
     What the samples of one fold suggest is judged on those of the other, and a scale must be
@@ -68,7 +68,7 @@ def choose(statistics: Statistics, layers: Sequence[Layer], observer: str) -> Sm
     return Smoothing(scale=scale, observer=watch)
 
 
-def _worth_a_node(layers: Sequence[Layer]) -> float:
+def _worth_a_node(layers: Sequence[JudgedLayer]) -> float:
     """What may remain of the error if a Mul does it; that of a feature map takes too long."""
     matrices = all(layer.plan.op_type in ("Gemm", "MatMul") for layer in layers)
     outputs = sum(layer.plan.parameters // layer.weight.shape[-1] for layer in layers)
@@ -85,7 +85,7 @@ def scale_of(statistics: Statistics, form: Form, folds: Sequence[int]) -> Array:
 
 
 def _error(
-    statistics: Statistics, layers: Sequence[Layer], form: Form, observer: str, fold: int
+    statistics: Statistics, layers: Sequence[JudgedLayer], form: Form, observer: str, fold: int
 ) -> float:
     """The error of the layers' outputs on the rows of ``fold``, relative to their power."""
     others = [other for other in range(FOLDS) if other != fold]

@@ -18,7 +18,7 @@ MINOR = 0.1
 OTHER_KIND = 10.0
 """Values that are so many times smaller than the next larger ones are of another kind."""
 
-BLOCK = 1 << 20  # elements that are looked at together, in float64
+CHUNK = 1 << 20  # elements that are looked at together, in float64
 X, E, XX, EE, XE = range(5)  # rows of the sums, of what is expected (x) and of the error (e)
 HIGH, LOW, GOT_HIGH, GOT_LOW = range(4)  # rows of the extremes, of what is expected and got
 
@@ -38,7 +38,7 @@ class Details:
             return
         self._keep_common_axes(expected.shape)
         rows = expected.shape[0] if expected.ndim else 1
-        step = max(1, BLOCK * rows // expected.size)
+        step = max(1, CHUNK * rows // expected.size)
         for start in range(0, rows, step):
             block = np.atleast_1d(expected)[start : start + step].astype(np.float64)
             other = np.atleast_1d(got)[start : start + step].astype(np.float64)

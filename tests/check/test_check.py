@@ -18,7 +18,7 @@ from onnx_attnround import OutputError, QuantConfig, check_model, quantize
 from onnx_attnround.__main__ import main
 from onnx_attnround.check import RULES, Rule, check, execution, openvino_session
 from onnx_attnround.check.fusion import expected_fusion, find_fusion
-from onnx_attnround.check.rules import Found, operators_on_integers
+from onnx_attnround.check.rules import Findings, operators_on_integers
 from onnx_attnround.check.view import View
 from onnx_attnround.graph import save
 from onnx_attnround.records import Array
@@ -823,7 +823,7 @@ def test_samples_are_used_where_shapes_are_unknown(tmp_path: Path) -> None:
 def test_an_output_that_is_refused_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def always(view: View) -> Found:
+    def always(view: View) -> Findings:
         """A rule that every model breaks."""
         yield "node", "it just is"
 

@@ -14,7 +14,7 @@ from small_models import build
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
 from onnx_attnround.plan import make_plan
-from onnx_attnround.reconstruct.cuts import Stage, cut, cut_blocks, extract, raw_names
+from onnx_attnround.reconstruct.cuts import Piece, cut, cut_blocks, extract, raw_names
 from onnx_attnround.runtime.session import open_session
 
 
@@ -52,11 +52,11 @@ def upstream(model: ir.Model, layers: list[str]) -> set[str]:
     return {node.name for node in ir.convenience.extract(model.graph, graph_inputs, computed)}
 
 
-def test_every_node_that_a_layer_needs_is_in_one_stage(model: ir.Model) -> None:
+def test_every_node_that_a_layer_needs_is_in_one_piece(model: ir.Model) -> None:
     layers = layers_of(model)
-    stages = cut(model, layers)
+    pieces = cut(model, layers)
     runs = Counter(
-        node.name for stage in stages if stage.outputs for node in extract(model, stage).graph
+        node.name for piece in pieces if piece.outputs for node in extract(model, piece).graph
     )
     varying = variable(model)
     assert {name: n for name, n in runs.items() if name in varying and n > 1} == {}
@@ -64,48 +64,48 @@ def test_every_node_that_a_layer_needs_is_in_one_stage(model: ir.Model) -> None:
 
 
 def test_stages_fit_together(model: ir.Model) -> None:
-    """What a stage reads is there, what is released was there, and nothing is read after that."""
-    stages = cut(model, layers_of(model))
+    """What a piece reads is there, what is released was there, and nothing is read after that."""
+    pieces = cut(model, layers_of(model))
     live = {value.name for value in model.graph.inputs}
     gone: set[str] = set()
-    for stage in stages:
-        assert set(stage.inputs) <= live - gone
-        assert set(stage.released) <= set(stage.inputs)
-        live |= set(stage.outputs)
-        gone |= set(stage.released)
-        assert set(stage.reads) <= live - gone
+    for piece in pieces:
+        assert set(piece.inputs) <= live - gone
+        assert set(piece.released) <= set(piece.inputs)
+        live |= set(piece.outputs)
+        gone |= set(piece.released)
+        assert set(piece.reads) <= live - gone
 
 
 def test_extracted_stages_are_valid_models(model: ir.Model) -> None:
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    for stage in cut(model, layers_of(model)):
-        if stage.outputs:
-            session = open_session(extract(model, stage), threads=1)
-            assert tuple(value.name for value in session.get_inputs()) == stage.inputs
-            assert tuple(value.name for value in session.get_outputs()) == stage.outputs
+    for piece in cut(model, layers_of(model)):
+        if piece.outputs:
+            session = open_session(extract(model, piece), threads=1)
+            assert tuple(value.name for value in session.get_inputs()) == piece.inputs
+            assert tuple(value.name for value in session.get_outputs()) == piece.outputs
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
 def test_the_cuts_of_a_residual_unit() -> None:
-    stages = cut(layered("residual"), ["Conv_0", "Conv_1", "Conv_2", "Conv_3"])
-    assert stages == (
-        Stage(inputs=(), outputs=(), released=(), reads=("x",)),
-        Stage(inputs=("x",), outputs=("r0",), released=("x",), reads=("r0",)),
-        Stage(inputs=("r0",), outputs=("r1",), released=(), reads=("r1",)),
-        Stage(inputs=("r0", "r1"), outputs=("r2",), released=("r0", "r1"), reads=("r2",)),
+    pieces = cut(layered("residual"), ["Conv_0", "Conv_1", "Conv_2", "Conv_3"])
+    assert pieces == (
+        Piece(inputs=(), outputs=(), released=(), reads=("x",)),
+        Piece(inputs=("x",), outputs=("r0",), released=("x",), reads=("r0",)),
+        Piece(inputs=("r0",), outputs=("r1",), released=(), reads=("r1",)),
+        Piece(inputs=("r0", "r1"), outputs=("r2",), released=("r0", "r1"), reads=("r2",)),
     )
 
 
 def test_a_tensor_that_only_the_tail_reads_crosses_no_cut() -> None:
     """``x`` and ``r0`` are read behind the last layer too: nobody runs that."""
-    stages = cut(layered("residual"), ["Conv_0", "Conv_1"])
-    assert stages[1] == Stage(inputs=("x",), outputs=("r0",), released=("x",), reads=("r0",))
+    pieces = cut(layered("residual"), ["Conv_0", "Conv_1"])
+    assert pieces[1] == Piece(inputs=("x",), outputs=("r0",), released=("x",), reads=("r0",))
 
 
-def test_outputs_that_lead_to_no_layer_are_in_no_stage() -> None:
+def test_outputs_that_lead_to_no_layer_are_in_no_piece() -> None:
     model = layered("side branch")
-    stages = cut(model, layers_of(model))
-    assert [stage.outputs for stage in stages] == [(), ("r",), ("t",)]
+    pieces = cut(model, layers_of(model))
+    assert [piece.outputs for piece in pieces] == [(), ("r",), ("t",)]
 
 
 QDQ = """g (float[N,4] x) => (float[N,3] y)
@@ -117,27 +117,27 @@ QDQ = """g (float[N,4] x) => (float[N,3] y)
 
 def test_codes_cross_in_place_of_what_they_are_unpacked_to() -> None:
     model = build(QDQ)
-    stages = cut(model, ["MatMul_0", "MatMul_1", "MatMul_2"], codes=("xq", "aq"))
-    assert stages == (
-        Stage(inputs=("x",), outputs=("xq",), released=("x",), reads=("xq",)),
-        Stage(inputs=("xq",), outputs=("aq", "n"), released=("xq",), reads=("n",)),
-        Stage(inputs=("n",), outputs=(), released=("n",), reads=("aq",)),
+    pieces = cut(model, ["MatMul_0", "MatMul_1", "MatMul_2"], codes=("xq", "aq"))
+    assert pieces == (
+        Piece(inputs=("x",), outputs=("xq",), released=("x",), reads=("xq",)),
+        Piece(inputs=("xq",), outputs=("aq", "n"), released=("xq",), reads=("n",)),
+        Piece(inputs=("n",), outputs=(), released=("n",), reads=("aq",)),
     )
-    unpacked = [node.name for node in extract(model, stages[1]).graph]
+    unpacked = [node.name for node in extract(model, pieces[1]).graph]
     assert unpacked.count("DequantizeLinear_0") == unpacked.count("DequantizeLinear_1") == 1
 
 
 def test_a_quantised_tensor_of_the_model_itself_crosses_as_float() -> None:
-    stages = cut(build(QDQ), ["MatMul_0", "MatMul_1", "MatMul_2"], codes=("aq",))
-    assert (stages[0].outputs, stages[0].reads) == (("xd",), ("xd",))
-    assert (stages[1].outputs, stages[2].reads) == (("aq", "n"), ("aq",))
+    pieces = cut(build(QDQ), ["MatMul_0", "MatMul_1", "MatMul_2"], codes=("aq",))
+    assert (pieces[0].outputs, pieces[0].reads) == (("xd",), ("xd",))
+    assert (pieces[1].outputs, pieces[2].reads) == (("aq", "n"), ("aq",))
 
 
 def test_an_input_of_unknown_type_is_taken_to_be_float() -> None:
     model = build(LAYERED["chain"])
-    stages = cut(model, layers_of(model))
+    pieces = cut(model, layers_of(model))
     assert model.graph.node("Relu_0").outputs[0].type is None
-    sub = extract(model, stages[2])
+    sub = extract(model, pieces[2])
     assert [value.type for value in sub.graph.inputs] == [ir.TensorType(ir.DataType.FLOAT)]
 
 
@@ -156,8 +156,8 @@ def test_deep_models_are_cut_in_time_that_grows_with_their_size() -> None:
         {body}
         y = MatMul(a{depth}, w) }}""")
     start = time.perf_counter()
-    stages = cut(model, ["MatMul_0", "MatMul_1"])
-    assert stages[1].outputs == (f"a{depth}",)
+    pieces = cut(model, ["MatMul_0", "MatMul_1"])
+    assert pieces[1].outputs == (f"a{depth}",)
     assert time.perf_counter() - start < 2
 
 
@@ -168,22 +168,22 @@ def in_pairs(model: ir.Model) -> list[list[str]]:
 
 def test_blocks_fit_together(model: ir.Model) -> None:
     blocks = in_pairs(model)
-    stages = cut_blocks(model, blocks)
-    assert len(stages) == len(blocks) + 1
+    pieces = cut_blocks(model, blocks)
+    assert len(pieces) == len(blocks) + 1
     live = {value.name for value in model.graph.inputs}
     gone: set[str] = set()
-    for stage, behind in pairwise((*stages, None)):
-        assert set(stage.inputs) <= live - gone
-        live |= set(stage.outputs)
-        gone |= set(stage.released)
-        assert stage.reads == (() if behind is None else behind.inputs)
+    for piece, behind in pairwise((*pieces, None)):
+        assert set(piece.inputs) <= live - gone
+        live |= set(piece.outputs)
+        gone |= set(piece.released)
+        assert piece.reads == (() if behind is None else behind.inputs)
     assert {value.name for value in model.graph.outputs} <= live - gone
 
 
 def test_each_layer_is_in_the_stage_of_its_block(model: ir.Model) -> None:
     blocks = in_pairs(model)
-    for block, stage in zip(blocks, cut_blocks(model, blocks)[1:], strict=True):
-        names = {node.name for node in extract(model, stage).graph}
+    for block, piece in zip(blocks, cut_blocks(model, blocks)[1:], strict=True):
+        names = {node.name for node in extract(model, piece).graph}
         assert set(block) <= names
         assert names.isdisjoint({name for other in blocks if other is not block for name in other})
 
@@ -191,7 +191,7 @@ def test_each_layer_is_in_the_stage_of_its_block(model: ir.Model) -> None:
 def test_tensors_cross_blocks_before_their_quantisation() -> None:
     text = QDQ.replace("xq =", '["x/quantize"] xq =').replace("aq =", '["ad/quantize"] aq =')
     model = build(text)
-    stages = cut_blocks(model, [["MatMul_0"], ["MatMul_1"], ["MatMul_2"]])
-    assert [stage.inputs for stage in stages] == [(), ("x",), ("n",), ("a", "b")]
-    assert [stage.reads for stage in stages] == [("x",), ("n",), ("a", "b"), ()]
+    pieces = cut_blocks(model, [["MatMul_0"], ["MatMul_1"], ["MatMul_2"]])
+    assert [piece.inputs for piece in pieces] == [(), ("x",), ("n",), ("a", "b")]
+    assert [piece.reads for piece in pieces] == [("x",), ("n",), ("a", "b"), ()]
     assert raw_names(model) == {"x": "x", "ad": "a"}

@@ -208,7 +208,7 @@ def test_only_what_is_still_read_is_kept(name: str, act_bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERED)
-def test_each_stage_runs_once_per_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_piece_runs_once_per_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of(name, 8)
     runs: Counter[Any] = Counter()
 
@@ -224,8 +224,8 @@ def test_each_stage_runs_once_per_batch(name: str, monkeypatch: pytest.MonkeyPat
             it.advance(index)
     batches = len(list(setup.samples.batches(BATCH)))
     codes = setup.reads()[1]
-    stages = (*cut(setup.model, layers), *cut(setup.quantised, layers, codes))
-    assert list(runs.values()) == [batches] * sum(bool(stage.outputs) for stage in stages)
+    pieces = (*cut(setup.model, layers), *cut(setup.quantised, layers, codes))
+    assert list(runs.values()) == [batches] * sum(bool(piece.outputs) for piece in pieces)
 
 
 @pytest.mark.parametrize("name", ["residual", "branches"])
@@ -407,7 +407,7 @@ def test_blocks_have_the_rows_and_draws_of_the_float_model(name: str) -> None:
 
 
 def test_what_is_drawn_is_drawn_once() -> None:
-    """Two stages read the noise, and the draws of a float model are not those of another run."""
+    """Two pieces read the noise, and the draws of a float model are not those of another run."""
     setup = Setup(build("""g (float[N,4] x) => (float[N,4] y) <float[4,4] v, float[4,4] w>
         { n = RandomNormal<shape=[1,4]>()  a = Add(x, n)  b = MatMul(a, v)  c = Sub(b, b)
           d = Add(c, n)  y = MatMul(d, w) }"""), act_bits=32)  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.reconstruct.layerwise import Layer, round_layer
+from onnx_attnround.reconstruct.layerwise import OpenLayer, round_layer
 from onnx_attnround.records import LayerPlan, QuantSpec
 from onnx_attnround.rounding.cross_validation import choose_ridge, correct, mean_error
 from onnx_attnround.rounding.moments import Moments, collect
@@ -41,7 +41,7 @@ class Fixed:
         )  # fmt: skip
         floor = torch.full((1, OUTPUTS), TINY)
         bias = torch.zeros(1, OUTPUTS)
-        self.layer = Layer(plan, plan.spec_of(bits), weight, bias, floor)
+        self.layer = OpenLayer(plan, plan.spec_of(bits), weight, bias, floor)
         self.samples = samples
 
     def moments(self, *, unseen: bool = False) -> Moments:

@@ -31,10 +31,10 @@ def test_samples_and_matrix_give_the_same_products(case: str) -> None:
     few, full = PAIRS[case]
     part = slice(2, 5)
     torch.testing.assert_close(few.diagonal, full.diagonal)
-    torch.testing.assert_close(few.block(part), full.block(part))
+    torch.testing.assert_close(few.part(part), full.part(part))
     torch.testing.assert_close(few.times(ROWS), full.times(ROWS))
     some = ROWS[..., part]
-    torch.testing.assert_close(few.spread(some, part), full.spread(some, part))
+    torch.testing.assert_close(few.times_part(some, part), full.times_part(some, part))
     assert few.finite
     assert full.finite
 

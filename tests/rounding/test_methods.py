@@ -263,8 +263,8 @@ def test_descent_never_costs_and_ends_where_no_move_gains(problem: Problem, seed
 def test_descent_in_blocks_ends_where_no_move_gains(
     size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "WIDE", 10)
-    monkeypatch.setattr(methods, "BLOCK", 5)
+    monkeypatch.setattr(methods, "WHOLE", 10)
+    monkeypatch.setattr(methods, "PANEL", 5)
     generator = torch.Generator().manual_seed(0)
     x = inputs("correlated", (2, 200, 17), generator)
     weight = torch.randn(2, 4, 17, generator=generator)
@@ -483,7 +483,7 @@ def test_learning_earns_something_beyond_the_descent() -> None:
 
 def test_the_least_loss_is_that_of_the_best_real_valued_weight() -> None:
     target = correlated(0).objective
-    gram, linear = target.gram.block(slice(None)).double(), target.linear.double()
+    gram, linear = target.gram.part(slice(None)).double(), target.linear.double()
     best = target.weight.double() + torch.linalg.solve(gram, linear.mT).mT
     one, least = torch.ones(1, 8, 1), target.least_loss()
     torch.testing.assert_close(least, target.loss(best.float(), one), rtol=1e-3, atol=1e-6)
