@@ -25,10 +25,10 @@ from onnx_attnround.samples.mask import find_mask, tokens, zero_padding
 __all__ = ["OBSERVERS", "Calibration", "Observer", "calibrate", "left_out_note", "observed"]
 
 ACTIVATION_BYTES = 256 << 20
-"""Bound on the activations that one run may return, where the model's batch is free."""
+"""The bytes of activations that one run may return at most, where the model's batch is free."""
 
 TOLD = 3
-"""Tensors that a note names."""
+"""The tensors that a note names at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def calibrate(
     tensor at the end of its chain. ``config`` tells the observer, the device, and
     how many samples to run at a time at most; ``observers`` the observers of tensors that
     have another one. What only feeds a Softmax is
-    bounded by what that can tell apart; elsewhere, elements that are NaN or infinite do not
+    bounded by what a Softmax can tell apart; elsewhere, elements that are NaN or infinite do not
     count, and neither do padded tokens, where the model has a mask of them. Raises
     ``CalibrationError`` if ONNX Runtime fails on a sample or a tensor holds nothing else,
     ``ModelError`` if a tensor is unknown.
@@ -131,7 +131,7 @@ class _Watch:
         return self.not_finite / max(self.elements, 1)
 
     def update(self, value: Array) -> None:
-        """Take in a batch; 0, which every range holds, stands for what is not finite."""
+        """Take in a batch, with 0, which every range holds, in place of NaN and infinities."""
         if value.dtype.kind != "f":
             raise ModelError(
                 f"tensor '{self.name}' is {value.dtype}, expected a float tensor: exclude its node"
@@ -149,9 +149,9 @@ class _Watch:
             self.observer.update(np.where(finite, value, value.dtype.type(0)))
 
     def range(self, spec: QuantSpec, limits: Limits) -> tuple[float, float]:
-        """The range to quantise: as observed, or what of it lies within the ``limits``.
+        """The range to quantise: as observed, or its extrema cut at the ``limits``.
 
-        Beyond those are masks, next to which a histogram tells nothing of the rest. Raises
+        Beyond the limits are masks, next to which a histogram tells nothing of the rest. Raises
         ``CalibrationError`` where there is not one finite element.
         """
         extrema = self.extrema(limits)
@@ -165,7 +165,7 @@ class _Watch:
         return self.observer.range(spec)
 
     def extrema(self, limits: Limits) -> tuple[float, float]:
-        """The extrema as observed, or what of them lies within the ``limits``."""
+        """The extrema as observed, cut at the ``limits``."""
         seen, (below, above) = self.observer.stats(self.name), self.infinite
         low, high = limits
         cut_low = math.isfinite(low) and (below or seen.lo < low)
@@ -230,8 +230,9 @@ def _runs(
 def _run(
     session: ort.InferenceSession, names: list[str], feeds: Feeds
 ) -> Iterator[tuple[str, Array]]:
-    values = run_on_samples(session, names, feeds)  # that the model takes the samples is certain
-    yield from zip(names, values, strict=False)  # without names, nothing
+    # Without names, too: whether the model runs on the samples is to come out here.
+    values = run_on_samples(session, names, feeds)
+    yield from zip(names, values, strict=False)
 
 
 def _affordable(

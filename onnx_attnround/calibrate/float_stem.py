@@ -1,8 +1,8 @@
 """The first activations of a network stay float where they cost most of its accuracy.
 
-What the first layers get wrong all others build on, and it is little that they compute: in
-detectors and text finders on photographs, the tensors of the stem often cause most of the
-error at the outputs, with a few per cent of the multiplications.
+All layers build on what the first ones get wrong, and these compute little: in detectors and
+text finders on photographs, the tensors of the stem often cause most of the error at the
+outputs, with a few per cent of the multiplications.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Samples
 
 ACCURATE_DB = -30.0
-"""Error at the outputs, in dB, from which on nothing needs to be done."""
+"""The error at the outputs, in dB of their power, below which nothing needs to be done."""
 
 WORTH_DB = 3.0
-"""What a stem in float must take off the error: half of its power."""
+"""The dB that a stem in float must take off the error: half of its power."""
 
 SHARE = 0.1
-"""Of the multiplications, at most so many are left to a stem in float."""
+"""The share of the multiplications that a stem in float may hold at most."""
 
 LEAST = 0.9
-"""The shortest stem is taken that has this share, in dB, of what the longest gains."""
+"""The shortest stem is taken that has this share of the best stem's gain, both in dB."""
 
 _DB = 10 / math.log(10)
 
@@ -112,6 +112,7 @@ def _stems(
         spent += readers.get(name, 0)
         if spent > SHARE * total:
             return
+        # Tensors up to the input of the next layer come along: in float they cost no layer.
         following = order[end : end + 1]
         if not following or readers.get(following[0], 0):
             yield order[:end]

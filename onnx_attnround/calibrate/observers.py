@@ -26,12 +26,14 @@ PER_SAMPLE = 1021
 PERCENTILE = 0.9999
 """The share of elements within the range of the percentile observer."""
 
-_LEAST_EXPONENT = -1000  # so that float64 holds the width of a bin and its inverse
+_LEAST_EXPONENT = -1000
+"""The least exponent of a bin's width, so that float64 holds the width and its inverse."""
+
 
 Range = tuple[float, float]
 Ends = tuple[bool, bool]
 Candidate = tuple[float, float, float]
-"""Error, lower and upper end."""
+"""A range that is tried: its error, lower and upper end."""
 
 LOWER, UPPER, BOTH = (True, False), (False, True), (True, True)
 
@@ -46,7 +48,7 @@ class Observer(Protocol):
         """The range to quantise, within the observed one and 0 included."""
 
     def stats(self, name: str) -> TensorStats:
-        """What has been observed, for the report."""
+        """The statistics of all that has been observed."""
 
 
 class MinMax:

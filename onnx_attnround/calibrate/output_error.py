@@ -23,18 +23,22 @@ from onnx_attnround.runtime.session import open_session, run_on_samples
 from onnx_attnround.samples import Feeds, Samples
 
 JUDGED_SAMPLES = 64
-"""Calibration samples that ranges are judged on, spread over all ..."""
+"""The most calibration samples that ranges are judged on, spread over all of them."""
 
 JUDGED_BYTES = 64 << 20
-"""... or as many of them as have no more bytes."""
+"""The most bytes of inputs that ranges are judged on: of large inputs fewer samples are taken."""
 
 BATCH = 8
-CLIP_OPSET = 13  # Clip and Round as they are written here
+"""The most samples of a run."""
+
+CLIP_OPSET = 13
+"""The opset in which Clip and Round are written here."""
+
 FAINT = 1e-4
 """Slices and values that stay below this share of an output's largest magnitude do not count."""
 
 LENGTHS = range(2, 513)
-"""Lengths of axes that are looked at slice by slice: of classes, coordinates, channels."""
+"""The lengths of axes that are compared slice by slice: of classes, coordinates, channels."""
 
 NEGLIGIBLE = 1e-6
 """An error of this share of the power is as good as none: 60 dB."""
@@ -113,7 +117,9 @@ class RoundedModel:
         self._slices = [Slices(batches) for batches in zip(*expected, strict=True)]
 
     def judge(self, params: Mapping[str, QuantParams]) -> tuple[int, float]:
-        """How many extremes of the outputs are lost, and the error; tensors without stay float.
+        """How many extremes of the outputs are lost, and the error.
+
+        Tensors that are not in ``params`` stay float.
 
         The error is the mean over samples and float outputs of a logarithm (base e): that of
         the mean over the slices of an output, along each axis of moderate length, of error
@@ -161,7 +167,10 @@ def _judged(samples: Samples, batch_size: int) -> list[Feeds]:
 
 
 def _with_grids(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy that rounds each named tensor, for all its readers, to what three inputs say."""
+    """A copy that rounds each named tensor for all its readers, to grids that are fed to it.
+
+    So one session serves all candidates.
+    """
     result = raise_opset(model.clone(), max(model.opset_imports.get("", 0), CLIP_OPSET))
     graph = result.graph
     tables = [
@@ -230,7 +239,7 @@ class Slices:
         return np.mean(found, 0), lost
 
     def _joined(self, batches: Sequence[Array]) -> Array:
-        """All samples ``[n, ...]``, float64; of changing shapes what they have in common: none."""
+        """All samples ``[n, ...]``, float64; where shapes change, all elements in a row."""
         finite = [np.where(np.isfinite(v), v, 0.0).astype(np.float64) for v in batches]
         if self._fixed and len({values.shape[1:] for values in batches}) == 1:
             return np.concatenate([np.atleast_1d(values) for values in finite])
@@ -246,7 +255,7 @@ class Slices:
 
 @dataclass(frozen=True, slots=True)
 class _Along:
-    """What errors of the slices along one axis are measured by.
+    """The yardstick for errors of the slices along one axis.
 
     ``powers`` and ``squares`` are the means over samples of sums of squares and of fourth
     powers; ``counted`` are the slices that count. ``extremes`` are where each slice has its

@@ -1,4 +1,4 @@
-"""How far down a range must reach where all that is made of a tensor goes into a Softmax.
+"""How far down the range of a tensor must reach if all its uses end in a Softmax.
 
 Attention masks are the least float32, -1e4 or minus infinity, and a range that holds
 them has no steps left for the scores. Yet of a Softmax over ``n`` elements, all that lie
@@ -26,7 +26,7 @@ Limits = tuple[float, float]
 
 FREE: Limits = (-math.inf, math.inf)
 GAP = 256.0
-"""Between the largest elements of rows, sorted: rows below so wide a gap are all mask."""
+"""Where the largest elements of rows, sorted, lie so far apart, the rows below are all mask."""
 
 _PASSING: dict[str, tuple[int, ...] | None] = {
     **dict.fromkeys(
@@ -39,14 +39,14 @@ _PASSING: dict[str, tuple[int, ...] | None] = {
     "Max": None,
     "Min": None,
 }
-"""Ops that change no value, or keep the order of values: which inputs (None: all)."""
+"""Ops that change no value or keep the order of values, and which of their inputs; None is all."""
 _SUMS = ("Add", "Sub")
 _PRODUCTS = ("Mul", "Div")
 
 
 @dataclass
 class Extrema:
-    """Of the finite elements of a tensor: the extrema, and the least magnitude but for 0."""
+    """The extrema of a tensor's finite elements, and their least magnitude above 0."""
 
     lo: float = math.inf
     hi: float = -math.inf
@@ -64,7 +64,7 @@ class Extrema:
 
 @dataclass
 class Rows:
-    """Of the rows that a Softmax normalises: their length, and their maxima, rounded down."""
+    """The length of the rows that a Softmax normalises, and their maxima, rounded down."""
 
     axes: slice
     length: int = 1
@@ -81,7 +81,7 @@ class Rows:
         self.maxima.update(int(value) for value in np.unique(finite))
 
     def floor(self, bits: int) -> float:
-        """Below it, elements are together worth less than half a step of so many bits."""
+        """Elements below it are together worth less than half a step of so many bits."""
         falling = sorted(self.maxima, reverse=True)
         if not falling:
             return -math.inf
@@ -147,7 +147,7 @@ class SoftmaxBounds:
         return {_name(value): ends for value, ends in united.items() if ends != FREE}
 
     def _limits(self, node: ir.Node, index: int, out: Limits) -> Limits:
-        """Those of an input, by those of the output."""
+        """The limits of an input that follow from those of the output."""
         if node.op_type in _PASSING:
             return out
         if node.op_type == "Softmax":
@@ -174,9 +174,10 @@ def _of_term(node: ir.Node, index: int, out: Limits, other: Extrema) -> Limits:
 
 
 def _of_factor(node: ir.Node, index: int, out: Limits, other: Extrema) -> Limits:
-    """The limits of a product, divided by the other factor or by the least that it can be.
+    """The limits of a product divided by the other factor, or by its least magnitude.
 
-    A factor beyond the limits themselves makes a mask of a flag, whose range is its own.
+    Where the factor lies beyond the limits, the input is a flag that it makes a mask of; a flag
+    keeps the range that it has.
     """
     divisor = other.lo if node.op_type == "Mul" else 1 / other.lo if other.lo else 0.0
     if other.lo < other.hi:  # computed, so that the factor at hand is a constant
@@ -192,14 +193,14 @@ def _of_factor(node: ir.Node, index: int, out: Limits, other: Extrema) -> Limits
 
 
 def _union(limits: Sequence[Limits]) -> Limits:
-    """The interval around all of them."""
+    """The least interval around all ``limits``."""
     if not limits:
         return FREE
     return min(low for low, _ in limits), max(high for _, high in limits)
 
 
 def _bounded(graph: ir.Graph) -> set[ir.Value]:
-    """The values of which all that is made goes into a Softmax."""
+    """The values all of whose uses end in a Softmax."""
     bounded: set[ir.Value] = set()
 
     def add(values: Iterable[ir.Value]) -> None:

@@ -16,7 +16,7 @@ from onnx_attnround.records import LayerPlan, QuantSpec
 from onnx_attnround.targets import Target
 
 FLOAT_BITS = 32
-"""Of an activation that stays float."""
+"""The bits that stand for an activation that stays float."""
 
 
 @dataclass
@@ -29,8 +29,10 @@ class Activations:
     config: QuantConfig
     chosen: dict[str, ir.Value] = field(default_factory=dict)
     same_range: dict[str, str] = field(default_factory=dict)
-    integer: set[str] = field(default_factory=set)  # names of nodes that run in integer
-    joins: set[str] = field(default_factory=set)  # of Adds that join an integer layer and codes
+    integer: set[str] = field(default_factory=set)
+    """The names of the nodes that run in integer."""
+    joins: set[str] = field(default_factory=set)
+    """The names of the Adds of a fused layer's float output and of codes."""
 
     def __post_init__(self) -> None:
         excluded = NodeChoice.of(self.model, self.config).excluded
@@ -40,16 +42,13 @@ class Activations:
             if (name_of(node) in excluded and not is_weighted(node))
             or _lacks_kernel(node)
         }
-        """Nodes that compute in float, from floats where that can be."""
+        """The names of nodes that compute in float, and read floats wherever possible."""
         self.asked: dict[str, int] = values_for(
             self.config.activation_bits, tensor_names(self.model)
         )
 
     def find(self) -> tuple[dict[str, QuantSpec], dict[str, str], dict[str, frozenset[str]]]:
-        """The spec of each tensor, the tensor whose range it takes over, and who shares it.
-
-        The last as :class:`QuantPlan` has it; all by the names of tensors.
-        """
+        """``activations``, ``same_range`` and ``shared`` as :class:`QuantPlan` has them."""
         layers = {layer.node for layer in self.layers}
         nodes = [node for node in self.model.graph if is_standard(node)]
         for node in nodes:
@@ -67,14 +66,16 @@ class Activations:
         x, y = node.inputs[0], self._absorbed(node.outputs[0])
         writes_codes = node.op_type not in self.target.float_output
         if x is None or self._stays_float(x) or (writes_codes and not self._takes_codes(y)):
-            return  # one end is float, so that codes at the other gain nothing
+            return  # without codes at both ends no integer kernel is taken, so one is of no use
         self.integer.add(name_of(node))
         self._choose(x)
         if writes_codes:
             self._choose(y)
 
     def _add_regions(self, nodes: list[ir.Node]) -> None:
-        """What lies between integer layers: arithmetic and movement of quantised tensors."""
+        """Choose what lies between integer layers: arithmetic and movement of quantised tensors."""
+        # In the order of the graph: whether a node joins depends on those before it alone. That
+        # what it makes is read as codes, too, is known only at the end, hence ``_drop_idle``.
         for node in nodes:
             if name_of(node) in self.kept:
                 continue
@@ -102,7 +103,7 @@ class Activations:
                 self.same_range[y.name or ""] = x.name or ""
 
     def _add_shortcuts(self, nodes: list[ir.Node]) -> None:
-        """What is added to the output of a layer, which itself stays float to be fused."""
+        """Choose what is added to the output of a layer, which itself stays float to be fused."""
         for node in nodes:
             if node.op_type != "Add" or name_of(node) in self.kept:
                 continue
@@ -118,7 +119,7 @@ class Activations:
         return is_read_once(value) and producer is not None and name_of(producer) in self.integer
 
     def _add_everything(self) -> None:
-        """Each float tensor of the graph, and the constants of arithmetic."""
+        """Choose each float tensor of the graph, and the constants of arithmetic."""
         for value in self.model.graph.inputs:
             self._choose_float(value)
         for node in self.model.graph:
@@ -142,7 +143,7 @@ class Activations:
             self.chosen.setdefault(value.name or "", value)
 
     def _asked(self, value: ir.Value) -> int | None:
-        """The bits that ``activation_bits`` has for the tensor, or for what is parted from it."""
+        """The bits that ``activation_bits`` has for the tensor, or for the one it is a copy of."""
         producer = value.producer()
         bits = self.asked.get(value.name or "")
         if bits is None and producer is not None and producer.op_type == "Identity":
@@ -155,7 +156,7 @@ class Activations:
         return self._asked(value) == FLOAT_BITS
 
     def _takes_codes(self, value: ir.Value) -> bool:
-        """Whether what makes ``value`` may write codes: no node reads it that is kept in float."""
+        """Whether ``value`` may be written as codes: no node that is kept in float reads it."""
         readers = {name_of(node) for node in value.consumers()}
         return not self._stays_float(value) and self.kept.isdisjoint(readers)
 
@@ -171,11 +172,12 @@ class Activations:
         return value
 
     def _drop_idle(self) -> None:
-        """End a region before what no integer node reads: codes gain nothing there.
+        """End a region before a tensor that no integer node reads: codes gain nothing there.
 
-        One range for all that a Concat joins would even cost much: of boxes in pixels and
-        scores the latter are lost.
+        One range for all inputs of a Concat would even cost much: where it joins boxes in
+        pixels and scores, the scores are lost.
         """
+        # From the end on, so that a chain of such nodes is dropped link by link.
         for node in reversed(list(self.model.graph)):
             if node.op_type in self.target.arithmetic and name_of(node) in self.integer:
                 made = [self._absorbed(node.outputs[0])]
@@ -198,7 +200,8 @@ class Activations:
     def _shared(self) -> dict[str, frozenset[str]]:
         """The tensors that are computed in float, and read by integer and float nodes alike.
 
-        Each with the names of the former. What an integer kernel writes has no float value.
+        Each with the names of its integer readers. The output of an integer kernel is not among
+        them: it has no float value that float nodes could read.
         """
         if self.target.placement == "everything":
             return {}
@@ -212,7 +215,7 @@ class Activations:
         return found
 
     def _is_float(self, value: ir.Value) -> bool:
-        """Whether ``value`` is there before its Q: no integer kernel writes or moves its codes."""
+        """Whether ``value`` has a float value: no integer kernel writes or moves its codes."""
         producer = value.producer()
         source = producer.inputs[0] if producer is not None and producer.inputs else None
         if source is not None and self._absorbed(source) is value:
@@ -225,9 +228,9 @@ class Activations:
     def _spec(self, name: str) -> QuantSpec:
         """The spec of a tensor.
 
-        It has those of ``activation_bits``, if any. Else what layers read has the bits asked
-        for, or those of first and last layers; a tensor that is only added or pooled costs
-        nothing at 8 bits and has no fewer.
+        Its bits are those of ``activation_bits``, if any. Else the input of a layer has
+        ``act_bits``, or those of first and last layers; a tensor that is only added or pooled
+        costs nothing at 8 bits and has no fewer.
         """
         readers = [layer for layer in self.layers if self._root(layer.x) == self._root(name)]
         bits: list[int] = [self.config.act_bits]
@@ -260,7 +263,7 @@ def is_dilated_pool(node: ir.Node) -> bool:
 
 
 def _lacks_kernel(node: ir.Node) -> bool:
-    """Whether the integer kernel that ONNX Runtime fuses Q and DQ to fails, or does not the same.
+    """Whether ONNX Runtime's integer kernel for the node fails, or computes something else.
 
     Its AveragePool divides by the whole kernel where windows hang over the padding.
     """
@@ -271,7 +274,7 @@ def _lacks_kernel(node: ir.Node) -> bool:
 
 
 def _unit_range(op_type: str, bits: int) -> tuple[float, float]:
-    """The open range of a squashing function whose steps are powers of two."""
+    """The range of a Sigmoid or Tanh, less the step at its end that makes steps powers of two."""
     low = 0.0 if op_type == "Sigmoid" else -1.0
     return low, 1.0 - (1.0 - low) / 2**bits
 
@@ -289,7 +292,7 @@ def _starts_at_zero(node: ir.Node) -> bool:
 
 
 def _moved(node: ir.Node) -> Sequence[ir.Value]:
-    """The outputs of a movement node that carry codes; that of a MaxPool's indices does not."""
+    """The outputs of a movement node that carry codes, which the indices of a MaxPool do not."""
     return node.outputs if node.op_type == "Split" else node.outputs[:1]
 
 

@@ -121,7 +121,7 @@ def under_budget(
 
     A layer with a higher rate never gets fewer bits than one with a lower rate.
     Each layer takes the widest choice within ``rate + c``, for the largest ``c``
-    that the budget admits; what then is left goes to the highest rates that it fits.
+    that the budget admits; the rest goes to the layers of the highest rates, as far as it does.
     """
     order = sorted(range(len(rates)), key=lambda i: (-rates[i], i))
     budget = mean_bits * sum(sizes)
@@ -130,6 +130,7 @@ def under_budget(
     def cost(levels: Sequence[int]) -> int:
         return sum(size * choices[at] for size, at in zip(sizes, levels, strict=True))
 
+    # Between two of these ``c`` no layer changes its choice, so that no others need be tried.
     offsets = sorted({choice - rate for rate in rates for choice in choices})
     for offset in offsets:
         trial = [_level(rate + offset, choices) for rate in rates]

@@ -78,7 +78,7 @@ def _unhandled(node: ir.Node) -> str | None:
 
 
 def _refusal(node: ir.Node, choice: NodeChoice) -> str | None:
-    """Why this weighted node is left in float, or ``None``."""
+    """The reason why this weighted node is left in float, or ``None``."""
     weight = node.inputs[1]
     if (reason := choice.refusal(name_of(node))) is not None:
         return reason
@@ -101,7 +101,7 @@ def _refusal(node: ir.Node, choice: NodeChoice) -> str | None:
 
 
 def _weightless(node: ir.Node) -> str:
-    """Why the right operand of a weighted node is no constant."""
+    """The reason that a weighted node is skipped for whose right operand is no constant."""
     left, right = node.inputs[:2]
     producer = None if right is None else right.producer()
     if producer is not None and producer.op_type == "DequantizeLinear":

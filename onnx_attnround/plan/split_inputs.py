@@ -1,10 +1,10 @@
-"""Part what readers want in another precision: codes and float, few bits and eight.
+"""Split a tensor whose readers want it in two precisions: as codes and float, or 4 bits and 8.
 
 A residual stream is read by the next layer and added further on. With one
-quantiser for both, every block rounds the whole stream to what a layer's input
-needs, and the errors add up. An Identity in front of the layers makes their
-input a tensor of its own, with its own quantiser, or with the only one
-(docs/experiments.md). It is no node of the file: the Q takes its place.
+quantiser for both, every unit of the network rounds the whole stream as coarsely as the
+input of a layer, and the errors add up. An Identity in front of the layers makes their
+input a tensor of its own, with a quantiser of its own; the stream keeps another, or none
+(docs/experiments.md). The file has no such node: the Q takes its place.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def part_floats(model: ir.Model, plan: QuantPlan, config: QuantConfig) -> ir.Mod
 
 
 def _parted(model: ir.Model, readers: Mapping[str, Collection[str]]) -> ir.Model:
-    """A copy with an Identity between these tensors and these of their readers, by name.
+    """A copy with an Identity between the tensors of ``readers`` and the readers named there.
 
-    ``model`` itself, where nobody else reads any of them.
+    ``model`` itself, where nobody else reads any of the tensors.
     """
     parted = model.clone()
     values = ir.convenience.create_value_mapping(parted.graph, include_subgraphs=False)

@@ -18,9 +18,9 @@ LEAST_BYTES = 1 << 16
 def find_tables(
     model: ir.Model, config: QuantConfig, target: Target
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """The bits of the tables that are quantised, by the names of the nodes that look them up.
+    """The bits of the tables that are quantised, and for the others the reason why not.
 
-    And the reason why not for the others.
+    Both by the names of the nodes that look them up.
     """
     bits, kept = {}, {}
     main, choice = set(model.graph), NodeChoice.of(model, config)
@@ -61,7 +61,7 @@ def _unfit(tensor: ir.TensorProtocol) -> str | None:
 
 
 def _shared(table: ir.Value, choice: NodeChoice) -> str | None:
-    """Why other readers keep a table as it is: what they read would be stored twice."""
+    """Why other readers keep a table float: for them it would have to be stored once more."""
     readers = table.consumers()
     rows = all(_looks_up(n) and n.attributes.get_int("axis", 0) == 0 for n in readers)
     rows = rows and all(reader.graph is readers[0].graph for reader in readers)
@@ -73,7 +73,7 @@ def _shared(table: ir.Value, choice: NodeChoice) -> str | None:
 
 
 def _bits_of(node: ir.Node, wanted: int) -> int:
-    """4 bits only where blocks fill the rows and the rank of the result is known."""
+    """The bits of a table: 4 only where blocks fill its rows and the result's rank is known."""
     table, y = node.inputs[0], node.outputs[0]
     width = 0 if table is None or table.shape is None else table.shape[1]
     fits = isinstance(width, int) and width % TABLE_BLOCK == 0 and y.shape is not None

@@ -27,11 +27,11 @@ def with_limits(
 
 
 def _limit(layer: LayerPlan, activation: QuantSpec | None, target: Target) -> int | None:
-    """The largest magnitude of a code; ``None`` where all that 8 bits have will do."""
+    """The largest magnitude of a code; ``None`` where all codes of 8 bits are safe."""
     if activation is None or activation.bits > 8 or layer.op_type not in target.weighted:
         return None  # computed in float
     if is_depthwise(layer.op_type, layer.attributes, layer.weight_shape):
-        return None
+        return None  # such kernels add no pairs of products
     offset = 128 if activation.signed else 0  # kernels shift signed codes to unsigned ones
     limit = target.code_limit(activation.qmax + offset)
     return None if limit is None or limit >= 128 else limit
