@@ -51,16 +51,15 @@ MOST_WEIGHTS = 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """Codes ``[g, o, d]``, scale as in ``Objective`` and losses ``[g, o]`` of one layer.
+    """Codes ``[g, o, d]`` of one layer, and their scale as in ``Objective``.
 
-    ``nearest`` is the weight ``[g, o, d]`` that rounding to nearest gives.
+    ``nearest`` is the weight ``[g, o, d]`` that rounding to nearest gives; ``changed`` is the share
+    of codes that differ from its codes.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     nearest: torch.Tensor
-    loss_nearest: torch.Tensor
-    loss: torch.Tensor
     changed: float
 
 
@@ -77,8 +76,6 @@ def solve(problem: Objective, method: str, *, steps: int, seed: int) -> Solution
         codes=torch.cat([part.codes for part in found], 1),
         scale=torch.cat([part.scale for part in found], 1),
         nearest=torch.cat([part.nearest for part in found], 1),
-        loss_nearest=torch.cat([part.loss_nearest for part in found], 1),
-        loss=torch.cat([part.loss for part in found], 1),
         changed=sum(n * part.changed for n, part in zip(rows, found, strict=True)) / sum(rows),
     )
 
@@ -97,10 +94,9 @@ def _parts(problem: Objective) -> Iterator[Objective]:
 def _solve(problem: Objective, method: str, steps: int, seed: int) -> Solution:
     scale = search_scale(problem)
     nearest = problem.nearest(scale)
-    loss_nearest = problem.loss(nearest, scale)
     generator = torch.Generator().manual_seed(seed)
     codes, final_scale = ROUNDERS[method](problem, scale, steps, generator)
-    loss = problem.loss(codes, final_scale)
+    loss, loss_nearest = problem.loss(codes, final_scale), problem.loss(nearest, scale)
     # Rows that share a scale must change it together.
     worse = problem.pool(loss) > problem.pool(loss_nearest)
     codes = torch.where(worse[..., None], nearest, codes)
@@ -109,8 +105,6 @@ def _solve(problem: Objective, method: str, steps: int, seed: int) -> Solution:
         codes=codes,
         scale=final_scale,
         nearest=nearest * scale,
-        loss_nearest=loss_nearest,
-        loss=problem.loss(codes, final_scale),
         changed=float((codes != nearest).float().mean()),
     )
 
