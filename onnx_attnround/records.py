@@ -14,9 +14,9 @@ from onnx_attnround.targets import Target
 
 Array = NDArray[Any]
 TABLE_BLOCK = 32
-"""Entries of a row of a table under one scale, at 4 bits; at 8 bits the row has one."""
+"""The entries of a table's row that share a scale, at 4 bits; at 8 bits a row has one scale."""
 LayerErrors = Mapping[str, Mapping[int, float]]
-"""Error of the model's outputs by node name and bits, with that layer alone quantised."""
+"""The error of the model's outputs by node name and bits, with that layer alone quantised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class LayerPlan:
 
     @property
     def stored_as(self) -> tuple[object, ...]:
-        """What layers that read one weight have in common, if codes and scales serve them all."""
+        """A key that is the same for layers whose weight can be stored once."""
         kind = "matrix" if self.op_type in ("Gemm", "MatMul") else self.op_type
         layout = [self.attributes.get(name, usual) for name, usual in (("group", 1), ("transB", 0))]
         return self.weight, kind, *layout, self.weight_spec, self.block_bits
@@ -101,9 +101,9 @@ class LayerPlan:
 def readers_of(
     layers: Iterable[LayerPlan], bits: Mapping[str, int] | None = None
 ) -> dict[str, tuple[LayerPlan, ...]]:
-    """For each node the layers that share the stored weight of its own, itself included, in order.
+    """For each node the layers that share its stored weight, itself included, in order.
 
-    With ``bits``, those that are given another width have a weight of their own.
+    With ``bits``, layers of another width have a weight of their own.
     """
     groups: dict[tuple[object, ...], list[LayerPlan]] = {}
     for layer in layers:
@@ -248,7 +248,7 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Progress of a stage: ``done`` of ``total`` units, and a word on the current one."""
+    """Progress of a stage: ``done`` of ``total`` units, and a phrase on the last of these."""
 
     stage: str
     done: int

@@ -71,7 +71,7 @@ class Checked:
 
     @property
     def verdict(self) -> str:
-        """What is to be said of a file that is refused: the number of findings, and the first."""
+        """A sentence on a file that is refused: the number of findings, and the first."""
         refused = self.refused
         rules, places = len({finding.rule for finding in refused}), len(refused)
         return (

@@ -1,4 +1,4 @@
-"""Running a file: it must load and run, and give what its nodes say."""
+"""Running a file: it must load and run, and compute what its nodes say."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ from onnx_attnround.runtime.session import (
     open_session,
 )
 
-LEAST_SQNR = 3.0  # dB; below, the output of the optimised model is another one
-ROUNDING = 1e-6  # relative: some roundings of float32, as fused sums differ from those of nodes
-RUNS = 3  # with the scales changed so
-FACTOR = 2.0  # between what these runs show and what is found: magnitudes, squared distances
+LEAST_SQNR = 3.0
+"""The SQNR in dB below which the optimised model computes another output than the nodes say."""
+
+ROUNDING = 1e-6
+"""Some roundings of float32, relative: by so much fused sums may differ from those of nodes."""
+
+RUNS = 3
+"""The runs whose scales are changed by so much, to see how outputs vary with last bits."""
+
+FACTOR = 2.0
+"""The ratio to these runs, of magnitudes and of squared distances, that passes for one of them."""
 _WHOLE = "(model)"
 DOES_NOT_RUN = "does-not-run"
 
@@ -79,7 +86,7 @@ def _on_same_choices(view: View, feed: Feed) -> tuple[View, Feed] | None:
 def _differences(
     view: View, feed: Feed, wanted: Mapping[str, Array], found: Mapping[str, Array]
 ) -> Iterator[Finding]:
-    """Outputs of the optimised model that are others than wanted, parted by what they hang on."""
+    """A finding on each output of the optimised model that differs, with its cause."""
     off = _off(wanted, found)
     if off and view.target.runtime == "onnxruntime":
         with exact_activations():
@@ -97,7 +104,7 @@ def _differences(
     runs = [wanted, *(_run_ort(view, model, feed, optimise=False) for model in _rounded(view))]
     for name, sqnr in off.items():
         if _is_one_of(found[name], [run[name] for run in runs]):
-            why = "it hangs on the last bits of float32: it is not known to be right"
+            why = "it depends on the last bits of float32: it is not known to be right"
             yield Finding(rule="chaotic-output", node=f"(output {name})", why=why, refused=False)
         else:
             why = f"the optimised model computes something else: {sqnr:.1f} dB from the nodes' own"

@@ -26,14 +26,16 @@ INTEGER_OPS = frozenset({
     "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
     "QLinearConv", "QLinearMatMul",
 })  # fmt: skip
-UNPACKING_OP = "MatMulNBits"  # reads low-bit weights as it multiplies
+UNPACKING_OP = "MatMulNBits"
+"""The operator of ONNX Runtime that unpacks low-bit weights while it multiplies."""
+
 _RENAMED = r"(/MatMulAddFusion|_token_\d+)+$"  # what optimisers add to the name of a node
 _UNWRITTEN = "Protobuf serialization failed"  # in the words of ONNX Runtime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fusion:
-    """The layers with constant weights, parted by how ``runtime`` runs them.
+    """The layers with constant weights, by the way in which ``runtime`` runs them.
 
     ``measured`` if that was read from the runtime; else it follows from its rules.
     ``weight_only`` maps the layers whose weights alone are quantised, as those of a
@@ -77,7 +79,7 @@ def expected_fusion(view: View) -> Fusion:
 
 
 def refused_fusion(fusion: Fusion) -> Fusion:
-    """That of a file that does not run, so that no layer of it does."""
+    """The fusion of a file that does not run, so that no layer of it does."""
     layers = {**dict.fromkeys(fusion.macs, "the file is refused"), **fusion.fallen}
     return replace(fusion, measured=False, integer=(), weight_only={}, fallen=layers)
 

@@ -20,7 +20,7 @@ _ON_INTEGERS = re.compile(
     r"|Q(Attention|EmbedLayerNormalization|Gemm|MoE)"
 )
 Findings = Iterator[tuple[str, str]]
-"""Names of nodes, and what is wrong with each and what helps."""
+"""The names of nodes, each with a sentence on its fault and on what helps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ _BARE = {
     "MatMulIntegerToFloat": ("MatMul", 1),
     "DynamicQuantizeMatMul": ("MatMul", 1),
 }
-"""Operators on integers: what they compute, and which input is the weight; the first is ``x``."""
+"""Operators on integers: the op that they compute, and the index of the weight; ``x`` is first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def pairs_beyond_int16(view: View) -> Findings:
 
 
 def fits_int16(view: View, findings: Iterable[Finding]) -> bool | None:
-    """What the rule found, in a word; ``None`` where pairs are not added in 16 bits, or nothing."""
+    """Whether the rule found nothing; ``None`` where no pairs are added in 16 bits."""
     if not view.target.int16_pairs or next(_products(view), None) is None:
         return None
     return all(found.rule != Rule(pairs_beyond_int16).name for found in findings)

@@ -25,7 +25,8 @@ _SHAPES = frozenset({"Shape", "Size"})
 """Operators that look at no number, so that both copies give the same."""
 
 
-_GATHERS = 11  # the opset that gave ONNX GatherElements
+_GATHERS = 11
+"""The opset that gave ONNX GatherElements."""
 
 
 def reads_of(node: ir.Node) -> Iterator[ir.Value]:
@@ -124,7 +125,7 @@ def _is_taken(node: ir.Node, value: ir.Value) -> bool:
     """Whether an output of a node that chooses is taken from the other model.
 
     Numbers beside integers are not, as the values of a TopK or a MaxPool; unless their number
-    hangs on the choice, too, or they are drawn.
+    depends on the choice, too, or they are drawn.
     """
     whole = node.op_type in ("Range", "Unique") or draws(node) or any(True for _ in _inner(node))
     return whole or is_discrete(value)

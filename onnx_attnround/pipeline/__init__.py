@@ -60,6 +60,7 @@ from onnx_attnround.verify import (
 from onnx_attnround.version import version
 
 CHECKED_SAMPLES = 4
+"""The samples that a file is run on when it is checked."""
 
 
 def make_plan(
@@ -161,7 +162,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What any bits of the layers need; ``errors`` are those that the allocator asks for."""
+    """All that does not depend on the bits of the layers.
+
+    ``errors`` are those that the allocator goes by, if it goes by any.
+    """
 
     given: Loaded
     simplified: ir.Model
@@ -233,7 +237,7 @@ def prepare(run: Run, given: Loaded) -> tuple[Run, Prepared]:
 
 
 def planned(run: Run, given: Loaded) -> tuple[Run, Loaded, ir.Model, QuantPlan]:
-    """Run and samples as memory has room for them, the simplified model, and its plan."""
+    """Settings and samples within the memory limit, the simplified model, and its plan."""
     with run.stage("simplify"):
         simplified, changes = simplify(given.original)
         run.notes += changes

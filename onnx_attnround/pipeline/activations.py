@@ -39,7 +39,7 @@ def ranges_of(
 ) -> Calibration:
     """The ranges of the activations, observed or from the checkpoint; none without samples.
 
-    ``observers`` are those of tensors that another than the config's suits.
+    ``observers`` has the observer of each tensor that is not given the config's.
     """
     if samples is None:
         return Calibration(stats={}, params={})

@@ -1,4 +1,4 @@
-"""What a run takes in memory, by estimate, and what a limit leaves for what can give way.
+"""The memory that a run takes, by estimate, and the settings that a limit has room for.
 
 Counted are the libraries, constants that do not stay in files, the codes of all layers,
 the sessions on both models, and the layer whose rounding takes most. What can give way
@@ -21,13 +21,26 @@ from onnx_attnround.plan.bits import measures
 from onnx_attnround.records import LayerPlan, QuantPlan
 from onnx_attnround.samples import Samples
 
-LIBRARIES = 350 << 20  # Python with PyTorch, ONNX Runtime and onnx
-SLACK = 1.15  # what allocators hold beyond what they were asked for
-WEIGHT_COPIES = 7  # of a layer in float, while it is rounded ...
-PART_COPIES = 14  # ... of the part of it that is rounded at a time ...
-GRAM_COPIES = 7  # ... of its Gram matrix ...
-PATCH_COPIES = 5  # ... and of the patches of a batch
-FLOAT = 4  # bytes
+LIBRARIES = 350 << 20
+"""The bytes that Python takes with PyTorch, ONNX Runtime and onnx."""
+
+SLACK = 1.15
+"""The ratio of the bytes that allocators hold to those that they were asked for."""
+
+WEIGHT_COPIES = 7
+"""The tensors of the size of a layer's weight that are alive while it is rounded."""
+
+PART_COPIES = 14
+"""The tensors of the size of the part of it that is rounded at a time."""
+
+GRAM_COPIES = 7
+"""The tensors of the size of its Gram matrix."""
+
+PATCH_COPIES = 5
+"""The tensors of the size of a batch's patches."""
+
+FLOAT = 4
+"""The bytes of a float32."""
 
 
 def within_limit(

@@ -55,7 +55,7 @@ def unblocked(
 
 
 def taken(run: Run) -> Iterator[str]:
-    """What the run did not have to do, because an earlier one had done it."""
+    """A note on the results that an earlier run had left in the work dir."""
     if counts := run.checkpoint.taken:
         found = ", ".join(f"{stage} {count}" for stage, count in counts.items())
         yield f"results taken from '{run.config.work_dir}': {found}"

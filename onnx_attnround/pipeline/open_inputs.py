@@ -19,7 +19,7 @@ from onnx_attnround.samples.preprocess import Preprocess, Transform
 from onnx_attnround.verify import Basis
 
 LEAST_BESIDE = 16
-"""Samples beside a model that are used unasked: zoos put one there, whose ranges fit no other."""
+"""The fewest samples beside a model that are used unasked: a zoo puts one there, too few."""
 
 _T = TypeVar("_T")
 

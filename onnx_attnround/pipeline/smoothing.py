@@ -15,7 +15,7 @@ from onnx_attnround.samples import Samples
 def smooth_model(
     run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
 ) -> tuple[ir.Model, QuantPlan, Mapping[str, str]]:
-    """The smoothed model, its plan, and observers of tensors that others suit than usual.
+    """The smoothed model, its plan, and the observers of tensors that need another than usual.
 
     Without samples, or where the config turns it off, ``model`` and ``plan`` themselves.
     """

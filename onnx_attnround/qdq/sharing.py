@@ -1,4 +1,4 @@
-"""What several layers read alike is stored once."""
+"""Constants that several layers read alike are stored once."""
 
 from __future__ import annotations
 

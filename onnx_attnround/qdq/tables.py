@@ -16,9 +16,9 @@ import onnx_ir as ir
 from onnx_attnround.records import TABLE_BLOCK, Array
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Of the largest magnitude, what the scale of a block may reach to, at 4 bits."""
+"""The shares of a block's largest magnitude that its scale is tried to reach to, at 4 bits."""
 ROWS = 1 << 12
-"""Rows that are rounded together, to bound the memory."""
+"""The rows that are rounded together, to bound the memory."""
 
 
 def quantize_tables(model: ir.Model, tables: Mapping[str, int]) -> None:

@@ -148,7 +148,7 @@ def _activation_type(spec: QuantSpec) -> ir.DataType:
 
 
 def _is_idle(node: ir.Node | None, params: QuantParams) -> bool:
-    """Whether a node keeps all that the Q behind it can tell apart: Relu, Clip, Identity."""
+    """Whether the Q behind a node does its work, too: of a Relu, a Clip or an Identity."""
     if node is None or node.op_type not in ("Relu", "Clip"):
         return node is not None and node.op_type == "Identity"
     values = np.array(clip_bounds(node), np.float32)

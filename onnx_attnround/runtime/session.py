@@ -24,7 +24,7 @@ from onnx_attnround.graph import in_files, parameters, serialised
 from onnx_attnround.graph.scratch import scratch
 
 LARGE = 64 << 20
-"""Parameters above which sessions use as little memory as they can, not as little time."""
+"""The parameters of a model above which sessions save memory rather than time."""
 
 _FILES_BELOW = "session.model_external_initializers_file_folder_path"
 _OPTIMISED_FILE = "session.optimized_model_external_initializers_file_name"
@@ -45,8 +45,11 @@ _CUDA = (
 _PROVIDERS = {"cpu": [_CPU], "cuda": [_CUDA, _CPU]}
 
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
-"""The session option that says how MatMulNBits takes float activations: by default, level 4,
-rounded to 8 bits in blocks along the inputs; with level 1 as they are."""
+"""The session option that says how MatMulNBits takes float activations.
+
+By default, at level 4, it rounds them to 8 bits in blocks along the inputs; at level 1 it takes
+them as they are.
+"""
 
 _exact: ContextVar[bool] = ContextVar("_exact", default=False)
 _lean: ContextVar[bool] = ContextVar("_lean", default=False)
@@ -142,7 +145,7 @@ def open_session(
 
 
 def _remedy(why: str) -> str:
-    """What helps against some reasons why ONNX Runtime does not load a model."""
+    """A remedy for some reasons why ONNX Runtime does not load a model."""
     if _UNKNOWN_OP in why:
         return "; name its library as `custom_op_library`"
     if _FUSED.search(why):

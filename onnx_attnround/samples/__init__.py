@@ -51,9 +51,9 @@ class Samples:
     def split(self, count: int) -> tuple[Samples, Samples] | None:
         """All samples but ``count``, and these, which lie spread over all; each in its order.
 
-        Where the model's batch is static, whole batches are parted, so that the second
+        Where the model's batch is static, whole batches change sides, so that the second
         may hold some more. ``None`` if either would be empty. Deterministic, and blind to
-        the order of the samples: :func:`_spread` says how.
+        the order of the samples: :func:`_evenly` says how.
         """
         units = self._units()
         numbers, index = np.unique(units[units >= 0], return_inverse=True)
@@ -136,7 +136,7 @@ class Samples:
                 return
 
     def _selected(self) -> Iterator[Part]:
-        """The parts up to the limit that have rows to use, and are told which."""
+        """The parts up to the limit that have rows to use, each with a mask of these."""
         start = 0
         for part in self._limited():
             chosen = None if self._chosen is None else self._chosen[start : start + part.count]
@@ -236,7 +236,7 @@ def _evenly(count: int, number: int) -> Array:
 
 
 def _rechunk(chunks: Iterable[Feeds], size: int, *, drop_rest: bool) -> Iterator[Feeds]:
-    """Blocks of any length, none above ``size`` rows, joined and cut to ``size`` rows."""
+    """Chunks of any length, none above ``size`` rows, joined and cut to ``size`` rows."""
     held: list[Feeds] = []
     rows = 0
     for chunk in chunks:

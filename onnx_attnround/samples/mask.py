@@ -1,8 +1,8 @@
 """Which tokens count: those that pad a sentence fill up a batch, and mean nothing.
 
 Models of sentences have an input ``[n, t]`` of 1 for tokens and 0 for padding.
-What such a model computes at padded tokens nobody reads, so that ranges,
-moments and figures leave it out.
+Nobody reads the values that such a model computes at padded tokens, so that ranges,
+moments and figures leave them out.
 """
 
 from __future__ import annotations

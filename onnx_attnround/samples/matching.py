@@ -42,7 +42,7 @@ class Part:
     labels: Callable[[], Stream] | None = None
 
     def chunks(self, size: int) -> Iterator[Feeds]:
-        """Blocks of at most ``size`` rows, in order: those of the first ``count`` that are used."""
+        """Chunks of at most ``size`` rows, in order: those of the first ``count`` that are used."""
         done = 0
         for arrays in zip(*(stream.chunks(size) for stream in self.rows.values()), strict=True):
             chunk = rows_of(dict(zip(self.rows, arrays, strict=True)), 0, self.count - done)

@@ -26,9 +26,9 @@ from onnx_attnround.smooth.statistics import Statistics
 __all__ = ["find_smoothing", "smoothed"]
 
 MOST_SAMPLES = 256
-"""Samples that are looked at."""
+"""The most samples that are looked at."""
 MOST_OUTPUTS = 512
-"""Outputs of a layer that are judged."""
+"""The most outputs of a layer that are judged."""
 
 
 def find_smoothing(

@@ -1,4 +1,4 @@
-"""Which scales a tensor takes, and which range: of least error on samples they don't come from."""
+"""The scales and the range of a tensor: of least error on samples that they do not come from."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Form = tuple[str, float]
 
 NONE: Form = ("peak", 0.0)
 FORMS: tuple[Form, ...] = (NONE, *product(("rms", "peak"), (0.25, 0.5, 0.75, 1.0)))
-"""Scales are powers of a channel's root mean square or peak: 1 makes all channels alike."""
+"""Scales that are tried: powers of a channel's root mean square or peak; 1 makes all alike."""
 WORTH = 0.8
-"""Of the error, what may remain on either fold: less of a gain may be the samples' own."""
+"""The share of the error that may remain on either fold; a smaller gain may be chance."""
 WORTH_A_NODE = 0.5
-"""Of the error, what may remain where a Mul must do it: half a bit less."""
+"""The share of the error that may remain where a Mul must do it: a gain of half a bit."""
 LEAST_OUTPUTS = 128
-"""Products that each factor of a Mul must serve, so that it adds less than a hundredth."""
+"""The products that each factor of a Mul must serve, so that it adds less than a hundredth."""
 LEAST = 2.0**-8
-"""Of the largest channel's size, what others count as at least: they lie within one step."""
+"""Smaller channels count as this share of the largest: they lie within one of its steps."""
 CLIPPED = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-"""Shares of the full range that stand for the ranges of an observer that clips."""
+"""The shares of the full range that are tried for an observer that clips."""
 FITTED = 1 << 14
-"""Activations that such a share is fitted to."""
+"""The activations that such a share is fitted to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def choose(statistics: Statistics, layers: Sequence[JudgedLayer], observer: str)
 
 
 def _worth_a_node(layers: Sequence[JudgedLayer]) -> float:
-    """What may remain of the error if a Mul does it; that of a feature map takes too long."""
+    """The share of the error that may remain if a Mul does it; 0 where that takes too long."""
     matrices = all(layer.plan.op_type in ("Gemm", "MatMul") for layer in layers)
     outputs = sum(layer.plan.parameters // layer.weight.shape[-1] for layer in layers)
     return WORTH_A_NODE if matrices and outputs >= LEAST_OUTPUTS else 0.0

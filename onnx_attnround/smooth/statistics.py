@@ -1,4 +1,4 @@
-"""What the choice of scales needs to know of a tensor, from one pass over the samples."""
+"""The statistics of a tensor that the choice of its scales goes by, from one pass over samples."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.smooth.groups import Group
 
 FOLDS = 2
-"""Samples take turns between them: what one suggests is judged on the other."""
+"""The parts of the samples, by turns, of which each judges what the other suggests."""
 KEPT = 1 << 17
-"""Elements of a layer's inputs that are kept for the judge, of each fold, at most ..."""
+"""The most elements of a layer's inputs that are kept of a fold, to judge scales by."""
 MOST_ROWS = 256
-"""... in so many rows."""
+"""The most rows that these are in."""
 
 
 class Statistics:
@@ -106,7 +106,7 @@ def _outputs(layer: LayerPlan) -> int:
 
 
 def _patches(layer: LayerPlan) -> Hashable:
-    """What tells the patches of layers of one group apart."""
+    """A key that is the same for layers of one group with the same patches."""
     if layer.op_type in ("MatMul", "Gemm"):
         return "rows"
     return layer.op_type, layer.weight_shape[2:], str(sorted(layer.attributes.items()))

@@ -44,13 +44,18 @@ __all__ = [
     "verify",
 ]
 
-NOTABLE_DB = 0.5  # of the outputs' SQNR, which a user would want to know of
+NOTABLE_DB = 0.5
+"""A loss of the outputs' SQNR, in dB, that a user would want to know of."""
 
 Layers = tuple[ir.Model, Sequence[LayerPlan]]
-"""The planned layers and the simplified model that they are of. What one puts out may have
-another name or value in the original: there, a BatchNormalization may come behind it."""
+"""The planned layers and the simplified model that they are part of.
 
-OUTPUT_SAMPLES = 256  # calibration samples that outputs are compared on
+The output of a layer may have another name or value in the original, where a
+BatchNormalization may come behind it.
+"""
+
+OUTPUT_SAMPLES = 256
+"""The most calibration samples that outputs are compared on."""
 
 
 def verify(

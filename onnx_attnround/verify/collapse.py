@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from onnx_attnround.verify.results import Extreme, OutputComparison, WorstSlice
 
 LEAST_DB = 10.0
-"""SQNR of an output, or of a slice without a larger better one of its kind: a tenth is error."""
+"""The least SQNR, in dB, of an output, or of a slice without a larger, better one of its kind.
+
+At 10 dB a tenth of the power is error.
+"""
 
 LEAST_CORRELATION = 0.9
-"""With the float model's values, about what an error of a fifth of their variance leaves."""
+"""The least correlation with the float model's values: an error of a fifth of their variance."""
 
 LEAST_AGREEMENT = 0.5
-"""Share of samples whose largest value is at the same place."""
+"""The least share of samples whose largest value is at the same place in both models."""
 
 
 def collapse(output: OutputComparison, drowned: WorstSlice | None) -> str | None:

@@ -22,7 +22,10 @@ from onnx_attnround.verify.shared import Pair, open_shared
 from onnx_attnround.verify.slices import Details
 
 LAYER_SAMPLES = 64
-LAYER_BATCH = 8  # every layer's output of a batch is held at once
+"""The samples on which layers are compared."""
+
+LAYER_BATCH = 8
+"""The samples of a run: the outputs of all layers of a batch are held at once."""
 
 
 def compare_outputs(
@@ -103,7 +106,7 @@ def batches(samples: Samples, size: int, limit: int | None) -> Iterator[Feed]:
 class Sums:
     """Streaming sums over the batches of one tensor.
 
-    ``comparable`` turns false for what is no tensor of numbers.
+    ``comparable`` turns false if the tensor does not hold numbers.
     """
 
     def __init__(self, name: str) -> None:
@@ -170,7 +173,7 @@ class Sums:
 
 
 class OutputSums(Sums):
-    """The same for an output of the model, whose parts are looked at too."""
+    """The same for an output of the model, with figures of its slices."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Basis = Literal["evaluation", "held out", "calibration"]
-"""Samples that figures are measured on: given for that, kept apart for it from those for
-calibration, or those themselves, to which ranges and weights were fitted."""
+"""The samples that figures are measured on.
+
+They are given for evaluation, or kept apart from those for calibration, or they are the
+calibration samples themselves, to which ranges and weights were fitted.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,14 @@ from onnx_attnround.records import Array
 from onnx_attnround.verify.results import Extreme, WorstSlice
 
 MINOR = 0.1
-"""Share of an output's largest magnitude that slices of classes which never come up stay below."""
+"""Slices of classes that never come up stay below this share of an output's largest magnitude."""
 
 OTHER_KIND = 10.0
-"""Values that are so many times smaller than the next larger ones are of another kind."""
+"""Slices whose extreme is so many times smaller than the next larger one are of another kind."""
 
-CHUNK = 1 << 20  # elements that are looked at together, in float64
+CHUNK = 1 << 20
+"""The elements that are looked at together, in float64."""
+
 X, E, XX, EE, XE = range(5)  # rows of the sums, of what is expected (x) and of the error (e)
 HIGH, LOW, GOT_HIGH, GOT_LOW = range(4)  # rows of the extremes, of what is expected and got
 

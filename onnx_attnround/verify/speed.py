@@ -17,7 +17,10 @@ from onnx_attnround.verify.results import Latency
 from onnx_attnround.verify.runs import BATCH, Feed, Models, Runs, open_pair, run_both, sample_count
 
 LATENCY_SECONDS = 1.0
-LATENCY_PAIRS = (3, 25)  # at least and at most, however long they take
+"""The seconds for which both models are timed, as far as ``LATENCY_PAIRS`` allow."""
+
+LATENCY_PAIRS = (3, 25)
+"""The fewest and the most pairs of runs, however long they take."""
 
 def measure_speed(models: Models, samples: Samples) -> Latency:
     """Interleaved latency on one thread."""
