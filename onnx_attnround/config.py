@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from onnx_attnround.errors import ConfigError
+from onnx_attnround.goals import FORMS, Goal
 from onnx_attnround.presets import Preset, expanded
 from onnx_attnround.settings import Settings, read_toml
 from onnx_attnround.targets import TARGETS, BlockSize, Target, WeightStorage, get_target
@@ -38,6 +39,8 @@ def _whole(value: object) -> object:
 
 
 _WHOLE = BeforeValidator(_whole)
+
+_DECIDING = ("mean_bits", "size", "until")
 
 SECTIONS = ("Samples", "Bits", "Method and target", "Run and result")
 _SAMPLES, _BITS, _METHOD, _RUN = SECTIONS
@@ -199,6 +202,24 @@ class QuantConfig(Settings):
         "Gate: most points of top-1 lost; without labels, points of disagreement with float",
     )
 
+    until: str | None = _key(
+        _RUN,
+        None,
+        f"Find the best file that reaches a goal on samples that nothing was fitted to: {FORMS}. "
+        "The function takes outputs by name and labels, higher is better; without a bound, it may "
+        "lose a hundredth. Where no file reaches the goal, the nearest is written",
+    )
+    prefer: Literal["size", "speed"] = _key(
+        _RUN,
+        "size",
+        "Of the files that reach `until`, the smallest or the fastest",
+    )
+    size: Annotated[int, Field(ge=1)] | None = _key(
+        _BITS,
+        None,
+        "The most that the file may take, in bytes or such as 220kB: bits of each layer among "
+        "`bit_choices` as they are stored, by measured errors",
+    )
     strict: bool = _key(
         _RUN,
         False,
@@ -225,7 +246,16 @@ class QuantConfig(Settings):
     def _plain_target(self, value: str | Target) -> str | dict[str, Any]:
         return value if isinstance(value, str) else value.plain()
 
-    @field_validator("memory_limit", mode="before")
+    @field_validator("until")
+    @classmethod
+    def _known_goal(cls, value: str | None) -> str | None:
+        """A goal as it is written, so that a file and the command line have one form."""
+        try:
+            return None if value is None else str(Goal.parse(value))
+        except ConfigError as error:  # as above
+            raise ValueError(str(error)) from error
+
+    @field_validator("memory_limit", "size", mode="before")
     @classmethod
     def _bytes(cls, value: object) -> object:
         """Bytes, from a number of them or a text such as 800MB or 4GB (decimal)."""
@@ -246,14 +276,32 @@ class QuantConfig(Settings):
             raise ValueError(f"no width is within `mean_bits` {mean:g}: give one, or raise it")
         return tuple(sorted(set(value)))
 
+    @model_validator(mode="after")
+    def _one_decides(self) -> QuantConfig:
+        """The bits of the layers follow from one setting at most."""
+        if len(given := [key for key in _DECIDING if getattr(self, key) is not None]) > 1:
+            first, second = given[:2]
+            raise ValueError(f"`{first}` and `{second}` each decide the bits: give one of them")
+        return self
+
+    @property
+    def _decides(self) -> str:
+        return next((key for key in _DECIDING if getattr(self, key) is not None), "weight_bits")
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the bits of a layer are chosen among ``bit_choices``."""
+        return self._decides != "weight_bits"
+
     def idle(self) -> list[str]:
         """A line for each setting that is not the default, yet has no effect beside the others."""
-        budget = self.mean_bits is not None
+        budget = self.budgeted
         chosen = self.bit_choices if budget else (self.weight_bits,)
         idle = {
-            "weight_bits": (budget, "`mean_bits` decides the bits"),
+            "weight_bits": (budget, f"`{self._decides}` decides the bits"),
             "bit_choices": (not budget, "there is no `mean_bits`"),
-            "allocator": (not budget, "there is no `mean_bits`"),
+            "allocator": (self.mean_bits is None, "there is no `mean_bits`"),
+            "prefer": (self.until is None, "there is no `until`"),
             "observer": (self.act_bits == 32, "activations stay float"),
             "activation_bits": (
                 self.act_bits == 32 and bool(self.activation_bits),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from onnx_attnround.checkpoint import TAKEN, Checkpoint
@@ -29,6 +29,15 @@ class Run:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def part(self, config: QuantConfig, label: str) -> Run:
+        """A run with other settings that goes on from this one, its stages named by ``label``."""
+
+        def tell(event: Event) -> None:
+            self.on_event(replace(event, stage=f"{event.stage} {label}".rstrip()))
+
+        checkpoint = self.checkpoint.part(label) if label else self.checkpoint
+        return Run(config, tell, list(self.notes), dict(self.seconds), checkpoint)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

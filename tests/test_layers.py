@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 _NAMES = (
     "errors numerics version",
     "settings",
-    "targets presets",
+    "goals targets presets",
     "records config",
     "ops graph samples",
     "qdq runtime run_file",

@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
             "in.onnx out.onnx --calib photos/ --preprocess imagenet --report report.html",
             "in.onnx out.onnx --calib c.npz --preset mixed4 --eval labelled.npz --max-drop 0.5",
             "in.onnx out.onnx --calib c.npz --mean-bits 3,4,6",
+            "in.onnx out.onnx --calib c.npz --eval labelled.npz --until drop=0.5",
             "--config run.toml",
         ),
     ),

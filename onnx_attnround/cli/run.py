@@ -228,6 +228,9 @@ def _quantize(job: Job) -> None:
             _tell(missed, job, output=None)
         raise
     _tell(made, job, output=options.output)
+    search = None if isinstance(made, tuple) else made.search
+    if search is not None and search.missed is not None:
+        raise GateError(f"{search.missed}; the file was written all the same")
 
 
 def _work(job: Job) -> Callable[[OnEvent], QuantizeResult | tuple[Point, ...]]:

@@ -46,7 +46,7 @@ from onnx_attnround.runtime.session import custom_ops, open_session
 from onnx_attnround.samples import Samples, open_samples
 from onnx_attnround.samples.preprocess import Preprocess, Transform
 from onnx_attnround.simplify import simplify
-from onnx_attnround.targets import get_target
+from onnx_attnround.targets import WeightStorage, get_target
 from onnx_attnround.verify import (
     Basis,
     Verification,
@@ -110,6 +110,10 @@ def quantize(
     if output is not None:
         graph.check_output(path_of(output), source_of(model))
     given = load(run, model, calibration, evaluation, preprocess)
+    if config.until is not None or config.size is not None:
+        from onnx_attnround.pipeline.goal import reach  # made of the stages below
+
+        return reach(run, given, output)
     run, prepared = prepare(run, given)
     result = finish(run, prepared, output)
     run.checkpoint.remove()
@@ -211,10 +215,13 @@ def load(
     )
 
 
-def prepare(run: Run, given: Loaded) -> tuple[Run, Prepared]:
+def prepare(
+    run: Run, given: Loaded, errors: LayerErrors | None = None
+) -> tuple[Run, Prepared]:
     """The stages that do not depend on the bits of the layers; the run with its work dir.
 
-    Its settings are those that its memory limit has room for.
+    Its settings are those that its memory limit has room for. ``errors`` are those of the
+    layers, where they are known.
     """
     samples = given.samples
     if run.config.work_dir is not None and samples is not None:
@@ -230,7 +237,7 @@ def prepare(run: Run, given: Loaded) -> tuple[Run, Prepared]:
         simplified, plan, ranges = with_float_stem(run, simplified, plan, ranges, samples)
     if samples is not None and run.config.method != "nearest":
         run.notes += few_rows(plan, ranges, samples.count)
-    errors = _measure(run, simplified, plan, samples)
+    errors = errors or _measure(run, simplified, plan, samples)
     return run, Prepared(
         given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors
     )
@@ -253,18 +260,14 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
     """The stages from the bits of ``run.config`` on; raises ``GateError`` as :func:`quantize`."""
     plan = prepared.plan
     config = run.config
-    allocation = _allocate(prepared.simplified, plan, config, prepared.errors)
+    allocation = allocate_bits(prepared, config)
     with run.stage("round"):
         roundings = _round(run, prepared, allocation)
     roundings, params, blocks = _refine(run, prepared, roundings)
     run.notes += unblocked(plan, roundings, config.block_size)
     with run.stage("write"):
-        storages = plan.target.storages(blocks=config.block_size is not None)
-        storage = config.weight_storage or storages[0]
-        quantised = qdq.insert(prepared.simplified, plan, params, roundings, storage)
-        qdq.fold_weights(quantised, plan)
-        run.notes += qdq.store_once(quantised, plan)
-        _add_provenance(quantised, config, allocation)
+        quantised, notes = written(prepared, params, roundings, config, allocation)
+        run.notes += notes
     with run.stage("check"):
         checked = _check(quantised, plan, prepared.given.judged_on)
     with run.stage("verify"):
@@ -294,6 +297,32 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
     if output is not None:
         graph.save(quantised, Path(output), source=prepared.given.source)
     return result
+
+
+def allocate_bits(prepared: Prepared, config: QuantConfig) -> BitAllocation:
+    """The bits of all layers."""
+    return _allocate(prepared.simplified, prepared.plan, config, prepared.errors)
+
+
+def written(
+    prepared: Prepared,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    config: QuantConfig,
+    allocation: BitAllocation,
+) -> tuple[ir.Model, list[str]]:
+    """The quantised model, with the record of how it was made, and notes."""
+    plan = prepared.plan
+    model = qdq.insert(prepared.simplified, plan, params, roundings, storage_of(plan, config))
+    qdq.fold_weights(model, plan)
+    notes = qdq.store_once(model, plan)
+    _add_provenance(model, config, allocation)
+    return model, notes
+
+
+def storage_of(plan: QuantPlan, config: QuantConfig) -> WeightStorage:
+    """How weights of up to 4 bits are stored: as asked, else as the target wants."""
+    return config.weight_storage or plan.target.storages(blocks=config.block_size is not None)[0]
 
 
 def path_of(output: object) -> Path:

@@ -55,7 +55,7 @@ def trade_off(
     comparable(given.judged_on)
     shared, prepared = prepare(shared, given)
     points = [
-        _point(_run_of(shared, each.mean_bits), prepared, path)
+        _point(_with_mean(shared, each.mean_bits), prepared, path)
         for each, path in zip(configs, outputs, strict=True)
     ]
     points = [replace(point, on_front=_on_front(point, points)) for point in points]
@@ -87,16 +87,9 @@ def with_means(config: QuantConfig, mean_bits: Sequence[float]) -> list[QuantCon
     return configs
 
 
-def _run_of(shared: Run, mean_bits: float | None) -> Run:
-    """A run that goes on from the shared one, its stages named by the mean bits."""
-    label = f"w{mean_bits:g}"
-    return Run(
-        shared.config.model_copy(update={"mean_bits": mean_bits}),
-        lambda event: shared.on_event(replace(event, stage=f"{event.stage} {label}")),
-        list(shared.notes),
-        dict(shared.seconds),
-        shared.checkpoint.part(label),
-    )
+def _with_mean(shared: Run, mean_bits: float | None) -> Run:
+    config = shared.config.model_copy(update={"mean_bits": mean_bits})
+    return shared.part(config, f"w{mean_bits:g}")
 
 
 def _point(run: Run, prepared: Prepared, output: Path | None) -> Point:

@@ -20,7 +20,7 @@ costs (``reconstruct/sensitivity.py``), and spends the budget where it saves mos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -55,7 +55,9 @@ def coding_length(matrix: Array, distortion: float = DISTORTION) -> float:
 
 def measures(config: QuantConfig) -> bool:
     """Whether the bits depend on errors measured on calibration samples."""
-    return config.mean_bits is not None and config.allocator in MEASURING
+    if config.mean_bits is not None:
+        return config.allocator in MEASURING
+    return config.budgeted
 
 
 def allocate(
@@ -73,10 +75,8 @@ def allocate(
     """
     lengths = {} if config.mean_bits is None else _lengths(layers, matrix)
     asked = values_for(config.layer_bits, [layer.node for layer in layers])
-    groups = readers_of(layer for layer in layers if layer.node not in asked)
-    stored = [group[0] for node, group in groups.items() if group[0].node == node]
-    bits = {layer.node: _pinned(groups[layer.node], config) for layer in stored}
-    free = [layer for layer in stored if bits[layer.node] is None]
+    groups, bits = _shared_widths(layers, asked, config)
+    free = [groups[node][0] for node, width in bits.items() if width is None]
     chosen = {layer.node: config.weight_bits for layer in free}
     if measures(config) and errors is None:
         chosen, free = {}, []
@@ -94,6 +94,27 @@ def allocate(
         coding_length=lengths,
         mean_bits=spent / total if total else float("nan"),
     )
+
+
+def free_layers(
+    layers: Sequence[LayerPlan], config: QuantConfig
+) -> tuple[tuple[LayerPlan, ...], ...]:
+    """The layers whose bits nothing pins, those that share a weight together."""
+    asked = values_for(config.layer_bits, [layer.node for layer in layers])
+    groups, bits = _shared_widths(layers, asked, config)
+    return tuple(groups[node] for node, width in bits.items() if width is None)
+
+
+def _shared_widths(
+    layers: Sequence[LayerPlan], asked: Collection[str], config: QuantConfig
+) -> tuple[Mapping[str, tuple[LayerPlan, ...]], dict[str, int | None]]:
+    """The readers of the weight of each layer that is not ``asked`` for, and the pinned bits.
+
+    The latter are told of the first reader of each weight, ``None`` where nothing pins them.
+    """
+    groups = readers_of(layer for layer in layers if layer.node not in asked)
+    stored = [group for node, group in groups.items() if group[0].node == node]
+    return groups, {group[0].node: _pinned(group, config) for group in stored}
 
 
 def _lengths(
@@ -156,8 +177,9 @@ def _pinned(readers: Sequence[LayerPlan], config: QuantConfig) -> int | None:
     """The width of a weight of which some reader is a first or last layer; else ``None``."""
     if not any(layer.first_or_last for layer in readers):
         return None
-    uniform = config.mean_bits is None
-    return max(config.first_last_bits, config.weight_bits) if uniform else config.first_last_bits
+    if config.budgeted:
+        return config.first_last_bits
+    return max(config.first_last_bits, config.weight_bits)
 
 
 def least_error(
@@ -187,6 +209,35 @@ def least_error(
             widths[layer] = high
             left -= cost
     return widths
+
+
+def by_error_saved(
+    errors: Sequence[Mapping[int, float]], costs: Sequence[Mapping[int, int]]
+) -> Iterator[list[int]]:
+    """Widths of all layers, from those that cost least to those with the least error.
+
+    ``errors`` and ``costs`` tell for each layer what each width causes, and what storing it
+    takes. Each step widens one layer, that which saves most error per cost (the lower
+    convex hull of all allocations: see :func:`least_error`). Of widths that cost the same, the
+    one with the least error stands for all.
+    """
+    best = [
+        {
+            cost: min((b for b in of if of[b] == cost), key=lambda b: (errors[layer][b], -b))
+            for cost in sorted(set(of.values()))
+        }
+        for layer, of in enumerate(costs)
+    ]
+    widths = [of[min(of)] for of in best]
+    yield list(widths)
+    steps = [
+        (-saved, layer, of[high])
+        for layer, of in enumerate(best)
+        for saved, _, high in _hull_steps({c: errors[layer][b] for c, b in of.items()}, list(of))
+    ]
+    for _, layer, width in sorted(steps, key=lambda step: step[:2]):
+        widths[layer] = width
+        yield list(widths)
 
 
 def _hull_steps(

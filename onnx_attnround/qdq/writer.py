@@ -132,6 +132,17 @@ def _code_type(
     return ir.DataType.INT4 if spec.bits <= 4 and storage != "int8" else ir.DataType.INT8
 
 
+def stored_bits(
+    layer: LayerPlan,
+    bits: int,
+    params: Mapping[str, QuantParams],
+    storage: WeightStorage,
+    target: Target,
+) -> int:
+    """Bits that a weight of ``layer`` takes in the file when its codes have ``bits``."""
+    return _code_type(layer, layer.spec_of(bits), params, storage, target).bitwidth
+
+
 def _fills_bytes(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
     """Whether 2-bit codes may be written: of a matrix under a float input, whole bytes in a row.
 

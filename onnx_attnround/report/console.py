@@ -34,6 +34,8 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
     parts: list[RenderableType] = []
     if verbose:
         parts.append(tables.layers(result))
+    if result.search is not None:
+        parts.append(tables.trials(result.search))
     if result.verification is not None:
         elsewhere = result.plan.target.name != "ort"
         parts.append(tables.comparison(result.verification, elsewhere=elsewhere))

@@ -42,6 +42,7 @@ def report_dict(result: QuantizeResult) -> dict[str, Any]:
         "check": _checked(result.checked),
         "skipped": dict(result.plan.skipped),
         "verification": None if result.verification is None else _verified(result.verification),
+        "search": None if result.search is None else asdict(result.search),
         "seconds": dict(result.seconds),
         "notes": list(result.notes),
     }

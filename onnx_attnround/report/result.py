@@ -18,6 +18,32 @@ from onnx_attnround.records import BitAllocation, BlockRounding, LayerRounding, 
 from onnx_attnround.verify import Verification
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One of the files that were made on the way to a goal, and what was measured of it.
+
+    ``mean_bits`` is the mean over all weights, ``size`` is in bytes, ``told`` the figure of the
+    goal in words. The file that was written is the one ``kept``.
+    """
+
+    act_bits: int
+    mean_bits: float
+    size: int
+    speedup: float
+    told: str
+    reached: bool
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoalSearch:
+    """How a goal was looked for; ``missed`` says by how much no file reached it."""
+
+    goal: str
+    trials: tuple[Trial, ...]
+    missed: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QuantizeResult:
     """What a run made and measured.
@@ -25,7 +51,8 @@ class QuantizeResult:
     ``ranges`` are those of the activations, as written. ``roundings`` are keyed by node name;
     ``blocks`` is empty without block reconstruction. ``fitted`` counts the samples that
     something was fitted to.
-    ``source`` is the file of the float model, ``None`` for one in memory.
+    ``source`` is the file of the float model, ``None`` for one in memory. ``search`` tells
+    how the goal ``until`` was looked for; ``config`` is then the one that makes this very file.
     """
 
     model: ir.Model
@@ -41,6 +68,7 @@ class QuantizeResult:
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     source: Path | None = None
+    search: GoalSearch | None = None
 
     @property
     def bits_per_weight(self) -> float:

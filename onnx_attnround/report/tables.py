@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from onnx_attnround.check import Checked
 from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
 from onnx_attnround.report.layout import Rows
-from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.report.result import GoalSearch, Point, QuantizeResult
 from onnx_attnround.verify import (
     Accuracy,
     Basis,
@@ -86,6 +86,25 @@ def points(found: Sequence[Point]) -> Rows:
     return Rows(
         (*(f">{name}" for name in headers), "front", "file"),
         [plain, *(_point_cells(point) for point in found)],
+    )
+
+
+def trials(search: GoalSearch) -> Rows:
+    """A row for each file that was made on the way to a goal, ``*`` by the one that was kept."""
+    return Rows(
+        (">activations", ">mean bits", ">bytes", ">speed", search.goal, "", "kept"),
+        [
+            (
+                "float" if trial.act_bits == 32 else f"{trial.act_bits} bits",
+                f"{trial.mean_bits:.2f}",
+                f"{trial.size:,}",
+                f"{trial.speedup:.2f}x",
+                trial.told,
+                "reached" if trial.reached else "missed",
+                "*" if trial.kept else "",
+            )
+            for trial in search.trials
+        ],
     )
 
 

@@ -35,7 +35,7 @@ def compare_outputs(
 
     ``mask`` is the input that tells tokens from padding, which is left out.
     """
-    done, sums, correct = 0, dict[str, OutputSums](), np.zeros(2, np.int64)
+    done, sums, correct = 0, dict[str, OutputSums](), np.zeros(3, np.int64)
     for feed in feeds:
         expected, got = run(feed)
         for name, value in expected.items():
@@ -43,11 +43,14 @@ def compare_outputs(
             total.add(value, got[name], tokens(feed, mask), sample_count(feed))
         if labels is not None:
             wanted = labels[done : done + sample_count(feed)]
-            correct += [_correct(outputs, expected, wanted) for outputs in (expected, got)]
+            first, second = (_correct(outputs, expected, wanted) for outputs in (expected, got))
+            correct += [first.sum(), second.sum(), (first != second).sum()]
         done += sample_count(feed)
         step("outputs", sample_count(feed))
     right = [int(count) for count in correct]
-    top1 = Accuracy(samples=done, float_correct=right[0], quantised_correct=right[1])
+    top1 = Accuracy(
+        samples=done, float_correct=right[0], quantised_correct=right[1], flipped=right[2]
+    )
     return done, sums, None if labels is None else top1
 
 
@@ -239,8 +242,8 @@ def _class_scores(value: Any) -> bool:
     return bool(is_matrix and value.shape[1] > 1)
 
 
-def _correct(outputs: Outputs, expected: Outputs, labels: Array) -> int:
-    """How many rows of the first output with class scores have their maximum at the label."""
+def _correct(outputs: Outputs, expected: Outputs, labels: Array) -> Array:
+    """Which rows of the first output with class scores have their maximum at the label."""
     name = next((name for name, value in expected.items() if _class_scores(value)), None)
     if name is None:
         raise CalibrationError(
@@ -258,4 +261,5 @@ def _correct(outputs: Outputs, expected: Outputs, labels: Array) -> int:
             f"labels: got values {labels.min()} to {labels.max()}, expected 0 to "
             f"{scores.shape[1] - 1}, the columns of output '{name}'; correct the `evaluation` file"
         )
-    return int(np.count_nonzero(scores.argmax(axis=1) == labels))
+    right: Array = scores.argmax(axis=1) == labels
+    return right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -87,11 +88,12 @@ class OutputComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Labelled samples that each model's top-1 gets right."""
+    """Labelled samples that each model's top-1 gets right, and those that one of them does."""
 
     samples: int
     float_correct: int
     quantised_correct: int
+    flipped: int = 0
 
     @property
     def float_top1(self) -> float:
@@ -107,6 +109,12 @@ class Accuracy:
     def drop_points(self) -> float:
         """What quantisation costs in points of top-1; negative for a gain."""
         return 100 * (self.float_correct - self.quantised_correct) / self.samples
+
+    @property
+    def drop_error(self) -> float:
+        """Standard error of ``drop_points``, of the differences sample by sample."""
+        mean = self.drop_points / 100
+        return 100 * math.sqrt(max(self.flipped / self.samples - mean**2, 0.0) / self.samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from onnx_attnround.plan.bits import (
     DISTORTION,
     MEASURING,
     allocate,
+    by_error_saved,
     coding_length,
     least_error,
     measures,
@@ -377,3 +378,25 @@ def test_bits_that_only_a_run_can_tell_are_left_out() -> None:
     assert allocation(weight_bits=4, allocator="gram").mean_bits == 4.0
     assert not measures(QuantConfig(allocator="gram"))
     assert not measures(QuantConfig(mean_bits=4))
+
+
+# --- from the smallest file to the most accurate ------------------------------------------
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 99))
+def test_each_step_to_a_larger_file_saves_less_error_for_what_it_takes(
+    sizes: list[int], seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    errors = [{b: float(4.0**-b * random.uniform(0.1, 10)) for b in CHOICES} for _ in sizes]
+    costs = [{b: size * (4 if b <= 4 else 8) for b in CHOICES} for size in sizes]
+    row = list(by_error_saved(errors, costs))
+    taken = [sum(of[b] for of, b in zip(costs, widths, strict=True)) for widths in row]
+    caused = [sum(of[b] for of, b in zip(errors, widths, strict=True)) for widths in row]
+    assert taken[0] == 4 * sum(sizes)
+    assert taken == sorted(taken) and caused == sorted(caused, reverse=True)
+    rates = -np.diff(caused) / np.diff(taken)
+    assert (np.diff(rates) <= 1e-9).all()
+    for widths, of in itertools.product(row, range(len(sizes))):  # the best of what costs the same
+        alike = [b for b in CHOICES if costs[of][b] == costs[of][widths[of]]]
+        assert errors[of][widths[of]] == min(errors[of][b] for b in alike)

@@ -155,6 +155,7 @@ def test_figures_follow_their_definition_over_all_batches() -> None:
         samples=75,
         float_correct=int((expected.argmax(1) == labels).sum()),
         quantised_correct=int((got.argmax(1) == labels).sum()),
+        flipped=int(((expected.argmax(1) == labels) != (got.argmax(1) == labels)).sum()),
     )
 
 
