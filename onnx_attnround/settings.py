@@ -58,6 +58,7 @@ def first_mistake(
     """
     first = error.errors()[0]
     key, *within = first["loc"] or ("",)
+    quote = "`" if settings.noun == "option" else "'"  # what has backticks is an option elsewhere
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown(noun, str(key), known)
     if first["type"] == "missing":

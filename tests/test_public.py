@@ -131,7 +131,7 @@ def test_arguments_of_a_wrong_type_are_errors_of_the_package() -> None:
     for means in (4, "4", [4, "x"], []):
         with pytest.raises(ConfigError, match="option `mean_bits`"):
             trade_off(build(NET), noise(), mean_bits=means)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="key `size`"):
+    with pytest.raises(ConfigError, match="key 'size'"):
         Preprocess(size=-3)
     with pytest.raises(CalibrationError, match=r"mapping\['labels'\]: got float64"):
         quantize(build(NET), noise(), evaluation=wrong[3]["evaluation"], **FAST)

@@ -162,8 +162,8 @@ def test_the_nearest_pyproject_is_read_where_no_config_is_given(
         ("weight-bits = 4\nweight_bits = 4", "'weight_bits' is given twice"),
         ("target = 'tensort'", "unknown target 'tensort': did you mean 'tensorrt'?"),
         ("preset = 'w4a4'", "option `preset`: "),
-        ("calib = 3", "key `calib`: "),
-        ("[preprocess]\nsise = 3", "unknown key `sise`: did you mean `size`?"),
+        ("calib = 3", "key 'calib': "),
+        ("[preprocess]\nsise = 3", "unknown key 'sise': did you mean 'size'?"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line_and_names_what_is_near(
