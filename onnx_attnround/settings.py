@@ -58,16 +58,16 @@ def first_mistake(
     """
     first = error.errors()[0]
     key, *within = first["loc"] or ("",)
-    quote = "`" if settings.noun == "option" else "'"  # what has backticks is an option elsewhere
+    quote = "`" if noun == "option" else "'"  # what has backticks is an option elsewhere
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return unknown(noun, str(key), known)
+        return unknown(noun, str(key), known, quote)
     if first["type"] == "missing":
-        return f"{noun} `{key}` is missing"
+        return f"{noun} {quote}{key}{quote} is missing"
     message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if not key:
         return message
     place = "" if key in unions else "".join(map(_place, within))
-    return f"{noun} `{key}`{place}: {message}, got {first['input']!r}"
+    return f"{noun} {quote}{key}{quote}{place}: {message}, got {first['input']!r}"
 
 
 def unknown(noun: str, key: str, known: Iterable[str], quote: str = "`") -> str:
