@@ -110,6 +110,13 @@ class QuantConfig(Settings):
         "Bits of single activations, by the name of the tensor or a glob of names; 32 leaves them "
         "float",
     )
+    activations: Literal["static", "dynamic", "auto"] = _key(
+        _METHOD,
+        "static",
+        "Where the ranges of activations come from: static, the calibration samples; dynamic, each "
+        "run, for what MatMul alone reads; auto, each run where layers and outputs gain by it. "
+        "With dynamic ranges a sample's result depends on its batch",
+    )
     float_stem: Literal["auto", "never"] = _key(
         _BITS,
         "auto",
@@ -303,6 +310,7 @@ class QuantConfig(Settings):
             "allocator": (self.mean_bits is None, "there is no `mean_bits`"),
             "prefer": (self.until is None, "there is no `until`"),
             "observer": (self.act_bits == 32, "activations stay float"),
+            "activations": (self.act_bits == 32, "activations stay float"),
             "activation_bits": (
                 self.act_bits == 32 and bool(self.activation_bits),
                 "activations stay float",

@@ -28,7 +28,7 @@ class QuantSpec:
     per-channel quantisation, ``None`` for per-tensor; with ``block_size`` each run of
     so many inputs, along the other axis of a matrix, has a scale of its own.
     ``fixed_range`` takes the place of an observed range; any is at least
-    ``least_range`` wide.
+    ``least_range`` wide. A ``dynamic`` range is that of the tensor in each run.
     """
 
     bits: int
@@ -39,6 +39,7 @@ class QuantSpec:
     block_size: int | None = None
     least_range: float = 0.0
     fixed_range: tuple[float, float] | None = None
+    dynamic: bool = False
 
     @property
     def qmin(self) -> int:
@@ -134,6 +135,11 @@ class QuantPlan:
     unblocked: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def dynamic(self) -> tuple[str, ...]:
+        """The tensors whose range is found in each run."""
+        return tuple(name for name, spec in self.activations.items() if spec.dynamic)
+
     def __repr__(self) -> str:
         weights = sum(layer.parameters for layer in self.layers)
         return (
@@ -172,7 +178,10 @@ class Smoothing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantParams:
-    """Scale and zero point of one tensor; scalars, or 1-D along ``spec.axis``."""
+    """Scale and zero point of one tensor; scalars, or 1-D along ``spec.axis``.
+
+    Of a dynamic tensor, what would hold the range observed: each run has its own.
+    """
 
     spec: QuantSpec
     scale: Array

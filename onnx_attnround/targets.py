@@ -65,6 +65,9 @@ class Target:
     ``tables`` says whether tables that are looked up may be integers, turned into floats
     by plain arithmetic.
 
+    ``dynamic`` says whether a MatMul runs in integer where DynamicQuantizeLinear makes its
+    codes, of a range that is found in each run.
+
     ``int16_pairs`` says whether some CPU that the files run on adds pairs of products of
     8-bit codes in 16 bits: what does not fit there is cut off, and no error is raised.
 
@@ -91,6 +94,7 @@ class Target:
     absorbed: Ops
     drop_absorbed: bool = False
     tables: bool = False
+    dynamic: bool = False
     float_output: Ops
     float_input: Ops = frozenset()
     per_tensor: Ops = frozenset()
@@ -136,6 +140,7 @@ _ORT = Target(
     placement="regions",
     quantised_outputs=True,
     tables=True,
+    dynamic=True,
     weighted=_MATRIX,
     arithmetic=frozenset(
         {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
@@ -159,6 +164,7 @@ _OPENVINO = replace(
     _ORT,
     name="openvino",
     runtime="openvino",
+    dynamic=False,
     activation_bits=frozenset({8}),
     quantised_outputs=False,
     movement=_MOVEMENT - {"Pad"},

@@ -8,7 +8,7 @@ activations rounded, weights as they are, and its outputs are compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,15 +100,22 @@ def grid_of(params: QuantParams) -> Grid:
 class RoundedModel:
     """The float model, whose activations are rounded to the grids of each run.
 
-    ``names`` are the tensors that a run may round. Raises ``CalibrationError`` where ONNX
+    ``names`` are the tensors that a run may round; ``dynamic`` are always rounded, over the
+    range that they have in each run. Raises ``CalibrationError`` where ONNX
     Runtime fails on the ``samples``.
     """
 
     def __init__(
-        self, model: ir.Model, names: Sequence[str], samples: Samples, config: QuantConfig
+        self,
+        model: ir.Model,
+        names: Sequence[str],
+        samples: Samples,
+        config: QuantConfig,
+        *,
+        dynamic: Collection[str] = (),
     ) -> None:
         self.names = [name for name in names if name not in model.graph.initializers]
-        rounded = _with_grids(model, self.names)
+        rounded = _with_dynamic_ranges(_with_grids(model, self.names), dynamic)
         self._session = open_session(rounded, threads=config.threads, device=config.device)
         self._outputs = [o.name for o in self._session.get_outputs() if "float" in o.type]
         self._feeds = list(_judged(samples, min(config.batch_size, BATCH)))
@@ -206,6 +213,25 @@ def _with_grids(model: ir.Model, names: Sequence[str]) -> ir.Model:
             node.replace_input_with(place, taken.outputs[0])
     graph.sort()
     return result
+
+
+def _with_dynamic_ranges(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """``model``, each named tensor rounded over its range in each run for all readers; in place."""
+    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+    for index, name in enumerate(names):
+        raw = values[name]
+        readers = [(usage.node, usage.idx) for usage in raw.uses()]
+        codes = ir.node("DynamicQuantizeLinear", [raw], num_outputs=3)
+        rounded = ir.node("DequantizeLinear", codes.outputs)
+        for number, node in enumerate((codes, rounded)):
+            node.name = f"attnround/dynamic_{index}_{number}"
+            for end, value in enumerate(node.outputs):
+                value.name = f"{node.name}_{end}"
+            model.graph.append(node)
+        for reader, place in readers:
+            reader.replace_input_with(place, rounded.outputs[0])
+    model.graph.sort()
+    return model
 
 
 class Slices:

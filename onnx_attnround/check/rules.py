@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, constant
+from onnx_attnround.check.view import DEQUANTISE, DYNAMIC, QUANTISE, View, constant
 from onnx_attnround.graph import attributes_of
 from onnx_attnround.ops import WEIGHTED_OPS
 
@@ -133,11 +133,21 @@ def is_integer(node: ir.Node) -> bool:
 
 
 def operators_on_integers(view: View) -> Findings:
-    """QOperator form and dynamic quantisation have other operators than those the rules judge."""
-    counts = Counter(n.op_type for n in view.model.graph.all_nodes() if is_integer(n))
+    """QOperator form has other operators than those the rules judge.
+
+    So has dynamic quantisation, but where a DequantizeLinear alone reads what it makes.
+    """
+    nodes = (n for n in view.model.graph.all_nodes() if is_integer(n) and not _is_unpacked(n))
+    counts = Counter(node.op_type for node in nodes)
     if counts:
         listed = ", ".join(f"{count} {op_type}" for op_type, count in counts.items())
         yield "(model)", f"not in QDQ form: no rule judges its operators on integers, {listed}"
+
+
+def _is_unpacked(node: ir.Node) -> bool:
+    """Whether this is a DynamicQuantizeLinear whose outputs DequantizeLinear alone reads."""
+    readers = [reader.op_type for value in node.outputs for reader in value.consumers()]
+    return node.op_type == DYNAMIC and set(readers) == {DEQUANTISE}
 
 
 COMMON = (Rule(opset_too_new), Rule(scale_not_positive), Rule(zero_point_of_other_shape))

@@ -19,6 +19,7 @@ from onnx_attnround.records import Array
 from onnx_attnround.targets import Target
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
+DYNAMIC = "DynamicQuantizeLinear"
 _ABSORBED = ("Relu", "Clip")
 
 
@@ -49,8 +50,15 @@ class Link:
         """What is quantised: the input of a Q, also for a DQ of its codes; else a DQ's input."""
         data = self.node.inputs[0]
         producer = None if self.node.op_type == QUANTISE or data is None else data.producer()
-        quantised = producer is not None and producer.op_type == QUANTISE
+        quantised = producer is not None and producer.op_type in (QUANTISE, DYNAMIC)
         return producer.inputs[0] if producer is not None and quantised else data
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether this is the DQ of codes whose range is found in each run."""
+        data = self.node.inputs[0]
+        producer = None if data is None else data.producer()
+        return producer is not None and producer.op_type == DYNAMIC
 
     @property
     def blocked(self) -> bool:

@@ -112,6 +112,20 @@ def _gemm(view: View, layer: Layer) -> str | None:
     return None if all(factor == 1.0 for factor in factors) else "alpha or beta is not 1"
 
 
+def _dynamic(view: View, layer: Layer) -> str | None:
+    """A product of codes whose scale is computed is fused where it is a MatMul alone."""
+    if layer.x is None or not layer.x.dynamic:
+        return None
+    if not view.target.dynamic:
+        return "the range of its input is found in each run: there is no integer kernel for that"
+    if layer.node.op_type == "MatMul":
+        return None
+    return (
+        "the range of its input is found in each run, and ONNX Runtime multiplies such codes in "
+        "MatMul alone: give it a fixed scale"
+    )
+
+
 def _output(view: View, layer: Layer) -> str | None:
     """A Conv runs in integer only if its output is quantised, with the type of its input."""
     if layer.node.op_type != "Conv" or layer.x is None:
@@ -148,9 +162,10 @@ _OPERANDS: tuple[Reason, ...] = (_op, _float_operands, _wide_activations)
 
 REASONS: dict[Runtime, tuple[Reason, ...]] = {
     "onnxruntime": (
-        *_OPERANDS, _weight_type, _signs, _blocks, _bias, _joined, _gemm, _output, _signed_on_x86
+        *_OPERANDS, _dynamic, _weight_type, _signs, _blocks, _bias, _joined, _gemm, _output,
+        _signed_on_x86,
     ),
-    "openvino": (*_OPERANDS, _weight_type, _blocks),
-    "tensorrt": (*_OPERANDS, _weight_type, _blocks),
-    "qnn": (_op, _float_operands, _blocks),
+    "openvino": (*_OPERANDS, _dynamic, _weight_type, _blocks),
+    "tensorrt": (*_OPERANDS, _dynamic, _weight_type, _blocks),
+    "qnn": (_op, _float_operands, _dynamic, _blocks),
 }

@@ -18,7 +18,12 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
 from onnx_attnround.errors import GateError, ModelError, OutputError
 from onnx_attnround.ops import weight_matrix
-from onnx_attnround.pipeline.activations import plan_parted, ranges_of, with_float_stem
+from onnx_attnround.pipeline.activations import (
+    plan_parted,
+    ranges_of,
+    with_dynamic_ranges,
+    with_float_stem,
+)
 from onnx_attnround.pipeline.log import log_notes, logged
 from onnx_attnround.pipeline.memory_limit import within_limit
 from onnx_attnround.pipeline.notes import few_rows, taken, unblocked
@@ -31,6 +36,7 @@ from onnx_attnround.pipeline.open_inputs import (
 from onnx_attnround.pipeline.open_model import ModelSource, open_model, source_of
 from onnx_attnround.pipeline.smoothing import smooth_model
 from onnx_attnround.plan.bits import allocate, measures
+from onnx_attnround.plan.dynamic import can_be_dynamic, with_dynamic
 from onnx_attnround.records import (
     Array,
     BitAllocation,
@@ -72,6 +78,8 @@ def make_plan(
     config = QuantConfig.of(config, **settings)
     simplified, _ = simplify(open_model(model))
     simplified, plan = plan_parted(simplified, config, quantise_activations=True)
+    if config.activations == "dynamic":
+        plan = with_dynamic(plan, can_be_dynamic(simplified, plan))
     return plan, _allocate(simplified, plan, config, None)
 
 
@@ -235,6 +243,10 @@ def prepare(
         ranges = ranges_of(run, simplified, plan, samples, observers)
         run.notes += left_out_note(ranges)
         simplified, plan, ranges = with_float_stem(run, simplified, plan, ranges, samples)
+        plan, ranges = with_dynamic_ranges(run, simplified, plan, ranges, samples)
+    if plan.dynamic:
+        given = _in_batches(given, 1)  # as its range is found over all of a batch
+        samples = given.samples
     if samples is not None and run.config.method != "nearest":
         run.notes += few_rows(plan, ranges, samples.count)
     errors = errors or _measure(run, simplified, plan, samples)
@@ -340,8 +352,12 @@ def _within_limit(
         return run, given
     models = given.original, simplified
     config = within_limit(limit, run.config, models, plan, given.samples or given.judged_on)
-    most = config.batch_size
-    return replace(run, config=config), replace(
+    return replace(run, config=config), _in_batches(given, config.batch_size)
+
+
+def _in_batches(given: Loaded, most: int) -> Loaded:
+    """What was loaded, its samples no more than ``most`` at a time."""
+    return replace(
         given,
         samples=given.samples and given.samples.at_most(most),
         evaluation=given.evaluation and given.evaluation.at_most(most),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from onnx_attnround.calibrate import Calibration, calibrate
+from onnx_attnround.calibrate.dynamic_ranges import DynamicRanges, choose_dynamic
 from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
 from onnx_attnround.checkpoint import TAKEN
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
+from onnx_attnround.pipeline.notes import dynamic_note
 from onnx_attnround.plan import make_plan
+from onnx_attnround.plan.dynamic import can_be_dynamic, with_dynamic
 from onnx_attnround.plan.split_inputs import part_floats, part_layers
 from onnx_attnround.records import Event, QuantParams, QuantPlan
 from onnx_attnround.samples import Samples
@@ -84,6 +87,42 @@ def with_float_stem(
     run.notes.append(stem.note)
     params = {name: found for name, found in kept.items() if found is not None}
     return stemmed, new, replace(ranges, params=params)
+
+
+def with_dynamic_ranges(
+    run: Run, model: ir.Model, plan: QuantPlan, ranges: Calibration, samples: Samples | None
+) -> tuple[QuantPlan, Calibration]:
+    """Plan and ranges once more, where some activations have a range in each run."""
+    if samples is None or run.config.activations == "static":
+        return plan, ranges
+    found = DynamicRanges(tensors=can_be_dynamic(model, plan))
+    if found.tensors and run.config.activations == "auto":
+        found = _chosen(run, model, plan, ranges, samples, found.tensors)
+    if not found.tensors:
+        return plan, ranges
+    plan = with_dynamic(plan, found.tensors)
+    params = {
+        name: replace(kept, spec=plan.activations[name]) for name, kept in ranges.params.items()
+    }
+    run.notes.append(dynamic_note(plan, found.gain_db))
+    return plan, replace(ranges, params=params)
+
+
+def _chosen(
+    run: Run,
+    model: ir.Model,
+    plan: QuantPlan,
+    ranges: Calibration,
+    samples: Samples,
+    candidates: Sequence[str],
+) -> DynamicRanges:
+    """Which of the ``candidates`` had better be dynamic, measured or from the checkpoint."""
+    kept: DynamicRanges | None = run.checkpoint.get("dynamic")
+    if kept is not None:
+        return kept
+    found = choose_dynamic(model, plan, ranges.params, candidates, samples, run.config)
+    run.checkpoint.put(found, "dynamic")
+    return found
 
 
 def _params_of(model: ir.Model, name: str, ranges: Calibration) -> QuantParams | None:

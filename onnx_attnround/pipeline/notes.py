@@ -43,6 +43,20 @@ def _rows(layer: LayerPlan, plan: QuantPlan, ranges: Calibration, samples: int) 
     return None if stats is None else stats.count // groups_and_inputs(layer)[1]
 
 
+def dynamic_note(plan: QuantPlan, gain_db: float) -> str:
+    """What ranges that are found in each run mean for whoever runs the file.
+
+    ``gain_db`` is what they take off the error of the outputs, 0 where that is not known.
+    """
+    layers = [layer for layer in plan.layers if layer.x in plan.dynamic]
+    gain = f", which takes {gain_db:.1f} dB off the error of the outputs" if gain_db else ""
+    return (
+        f"{len(layers)} layers find the range of their input in each run{gain}. It is that of the "
+        "whole batch, so that a sample's result depends on the samples beside it; figures are for "
+        "one at a time; `activations` = static has ranges that are fixed"
+    )
+
+
 def unblocked(
     plan: QuantPlan, roundings: Mapping[str, LayerRounding], size: int | None
 ) -> list[str]:

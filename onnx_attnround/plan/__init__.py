@@ -15,6 +15,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError, ModelError
 from onnx_attnround.ops import WEIGHTED_OPS
 from onnx_attnround.plan.activations import Activations, is_dilated_pool
+from onnx_attnround.plan.dynamic import check_dynamic
 from onnx_attnround.plan.layers import find_layers, is_weighted, mark_ends
 from onnx_attnround.plan.patterns import chosen, node_names, tensor_names
 from onnx_attnround.plan.scale_groups import check_blocks, with_blocks
@@ -75,6 +76,8 @@ def _check_target(
         )
     if bits != 32:
         _check_bits(target, bits, "`act_bits`")
+    if config.activations == "dynamic" and bits != 32:
+        check_dynamic(target, bits)
     if config.block_size is not None:
         check_blocks(config.block_size, target, integer_activations=integer_activations)
     storages = target.storages(blocks=config.block_size is not None)

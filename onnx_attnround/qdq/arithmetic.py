@@ -66,6 +66,22 @@ def range_of(params: QuantParams) -> tuple[float, float]:
     return (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
 
 
+def dynamic_grid(x: Any) -> tuple[float, float]:
+    """Scale and zero point that DynamicQuantizeLinear has for ``x``, an array or a tensor.
+
+    As the operator is defined: 8 bits, without sign, over the range of ``x`` and 0.
+    """
+    lo, hi = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    scale = float(np.float32(np.float32(hi - lo) / np.float32(255))) or 1.0
+    return scale, float(np.rint(np.clip(-lo / scale, 0.0, 255.0)))
+
+
+def dynamically(x: Any) -> Any:
+    """``x`` as DynamicQuantizeLinear and DequantizeLinear leave it."""
+    scale, zero = dynamic_grid(x)
+    return dequantize(quantize(x, scale, zero, 0, 255), scale, zero)
+
+
 def code_dtype(spec: QuantSpec) -> np.dtype[Any]:
     """The numpy integer type that holds the codes of ``spec`` (8 or 16 bits wide)."""
     return np.dtype(f"{'i' if spec.signed else 'u'}{1 if spec.bits <= 8 else 2}")

@@ -154,7 +154,12 @@ def _fills_bytes(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
 
 
 def _activation_type(spec: QuantSpec) -> ir.DataType:
-    """At least 8 bits wide: narrower codes are clipped, so that layers still run in integer."""
+    """At least 8 bits wide: narrower codes are clipped, so that layers still run in integer.
+
+    DynamicQuantizeLinear makes codes without sign alone.
+    """
+    if spec.dynamic:
+        return ir.DataType.UINT8
     return ir.DataType[f"{'' if spec.signed else 'U'}INT{8 if spec.bits <= 8 else 16}"]
 
 
@@ -233,13 +238,13 @@ def bias_scale(
 ) -> Array | None:
     """``sx * sw`` per channel where the target stores the bias as int32, else ``None``.
 
-    ``None`` also where a bias would not fit int32 at that scale, and for ops that do not
-    run in integer: it then stays float.
+    ``None`` also where a bias would not fit int32 at that scale, where the scale is another
+    in each run, and for ops that do not run in integer: it then stays float.
     """
     x, target = params.get(layer.x), plan.target
     if rounding.bias is None or x is None:
         return None
-    if not target.int32_bias or layer.op_type not in target.weighted:
+    if x.spec.dynamic or not target.int32_bias or layer.op_type not in target.weighted:
         return None
     # Groups of a ConvTranspose share the scales of their channels, so that these repeat.
     scale = np.resize(rounding.scale * x.scale, rounding.bias.shape).astype(np.float32)
@@ -348,11 +353,8 @@ class _Writer:
     def add_activation(self, name: str) -> None:
         """Q and DQ behind the tensor ``name``, for all its consumers; DQ alone on a constant."""
         params = self.params[name]
-        code_type = _activation_type(params.spec)
-        scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
-        point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
         if name in self.graph.initializers:
-            self._add_constant(self.graph.initializers[name], params, scale, point)
+            self._add_constant(self.graph.initializers[name], params)
             return
         raw = self.values[name]
         producer = raw.producer()
@@ -371,11 +373,8 @@ class _Writer:
         drops = parts or self.plan.target.drop_absorbed
         if drops and takes_name and producer is not None and _is_idle(producer, params):
             source = producer.inputs[0] or raw
-        quantise = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")
-        self.graph.append(quantise)
-        codes = quantise.outputs[0]
-        codes.name, codes.shape = self._fresh(f"{name}_codes"), raw.shape
-        codes.type = ir.TensorType(code_type)
+        codes, scale, point = self._quantise(source, params, name)
+        codes.shape = raw.shape
         if narrow:
             codes = self._clip_codes(codes, params.spec, name)
         dequantise = ir.node("DequantizeLinear", [codes, scale, point], name=f"{name}/dequantize")
@@ -393,12 +392,41 @@ class _Writer:
         if source is not raw and producer is not None:
             self.graph.remove(producer, safe=True)
 
+    def _quantise(
+        self, source: ir.Value, params: QuantParams, name: str
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The codes of ``source``, of a range observed or of each run; scale and zero point."""
+        if params.spec.dynamic:
+            node = ir.node(
+                "DynamicQuantizeLinear", [source], num_outputs=3, name=f"{name}/quantize"
+            )
+            codes, scale, point = node.outputs
+            for value, end, dtype in (
+                (scale, "scale", ir.DataType.FLOAT),
+                (point, "zero_point", ir.DataType.UINT8),
+            ):
+                value.name, value.shape = self._fresh(f"{name}/{end}"), ir.Shape(())
+                value.type = ir.TensorType(dtype)
+        else:
+            scale, point = self._grid(params, name)
+            node = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")
+            codes = node.outputs[0]
+        codes.name = self._fresh(f"{name}_codes")
+        codes.type = ir.TensorType(_activation_type(params.spec))
+        self.graph.append(node)
+        return codes, scale, point
+
+    def _grid(self, params: QuantParams, name: str) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero point of an activation as constants."""
+        code_type = _activation_type(params.spec)
+        scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
+        point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
+        return scale, point
+
     def _stays_float(self, value: ir.Value) -> bool:
         return value.is_graph_output() and not self.plan.target.quantised_outputs
 
-    def _add_constant(
-        self, constant: ir.Value, params: QuantParams, scale: ir.Value, point: ir.Value
-    ) -> None:
+    def _add_constant(self, constant: ir.Value, params: QuantParams) -> None:
         """Codes and DQ in place of a float constant, for all its consumers."""
         consumers = [(usage.node, usage.idx) for usage in constant.uses()]
         values, spec = constant.const_value, params.spec
@@ -408,7 +436,7 @@ class _Writer:
         with np.errstate(over="ignore"):  # of masks, which are clipped
             codes = quantize(values.numpy(), params.scale, zero, spec.qmin, spec.qmax)
         tensor = _tensor(codes, _activation_type(spec), f"{constant.name}/codes")
-        inputs = [self._initializer(tensor), scale, point]
+        inputs = [self._initializer(tensor), *self._grid(params, constant.name or "")]
         restored = self._dequantise(inputs, constant.name or "", {}, consumers[0][0])
         for node, index in consumers:
             node.replace_input_with(index, restored)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import draws, reads_of
 
+_QUANTISING = ("QuantizeLinear", "DynamicQuantizeLinear")
 _Reads = dict[ir.Node, tuple[ir.Value, ...]]
 
 
@@ -71,12 +72,14 @@ def cut(
     """The pieces up to the input of the last layer; ``layers`` are node names in graph order.
 
     Piece ``k`` provides what layer ``k`` reads. ``codes`` are the integer tensors
-    that cross a cut in place of what a DequantizeLinear makes of them. The graph
-    must be sorted. Raises ``ModelError`` if a layer reads no variable tensor.
+    that cross a cut in place of what a DequantizeLinear makes of them; those of a
+    DynamicQuantizeLinear, whose scale is another in each run, are made anew behind the cut.
+    The graph must be sorted. Raises ``ModelError`` if a layer reads no variable tensor.
     """
 
-    def passes(node: ir.Node, source: ir.Value) -> bool:
-        return node.op_type == "DequantizeLinear" and source.name in codes
+    def passes(node: ir.Node) -> bool:
+        ends = {"DequantizeLinear": node.inputs[:1], "DynamicQuantizeLinear": node.outputs[:1]}
+        return any(v is not None and v.name in codes for v in ends.get(node.op_type, ()))
 
     reads = _crossing_reads(model.graph, passes)[0]
     reads = _needed(reads, set(layers), set())
@@ -102,7 +105,7 @@ def cut_blocks(
     that depend on one of its layers, and on none of a later block. Tensors cross a cut
     as they are before their quantisation, which belongs to whichever piece reads them.
     """
-    reads, crossing = _crossing_reads(model.graph, lambda node, source: _is_quantisation(node))
+    reads, crossing = _crossing_reads(model.graph, _is_quantisation)
     outputs = {crossing[value] for value in model.graph.outputs if value in crossing}
     ends = {crossing[value] for value in crossing if value.name in ties.ends}
     order = {name: position + 1 for position, names in enumerate(blocks) for name in names}
@@ -118,7 +121,7 @@ def raw_names(quantised: ir.Model) -> dict[str, str]:
     """For each quantised activation, by its name in the float model, what crosses a cut for it."""
     names = {}
     for node in quantised.graph:
-        if node.op_type == "QuantizeLinear" and (node.name or "").endswith("/quantize"):
+        if node.op_type in _QUANTISING and (node.name or "").endswith("/quantize"):
             value = node.inputs[0]
             while value is not None and _renames(value.producer()):
                 value = value.producer().inputs[0]  # type: ignore[union-attr]
@@ -135,7 +138,7 @@ def _is_quantisation(node: ir.Node) -> bool:
     """Whether the node is a QuantizeLinear, a DequantizeLinear, or a Clip of codes between."""
     dtype = node.outputs[0].dtype
     clips_codes = node.op_type == "Clip" and dtype is not None and dtype.is_integer()
-    return clips_codes or node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    return clips_codes or node.op_type in (*_QUANTISING, "DequantizeLinear")
 
 
 def _pieces(
@@ -192,7 +195,7 @@ def _names(values: Iterator[ir.Value]) -> tuple[str, ...]:
 
 
 def _crossing_reads(
-    graph: ir.Graph, passes: Callable[[ir.Node, ir.Value], bool]
+    graph: ir.Graph, passes: Callable[[ir.Node], bool]
 ) -> tuple[_Reads, dict[ir.Value, ir.Value]]:
     """The tensors that each node needs in order to run, and for each value what crosses a cut.
 
@@ -202,8 +205,8 @@ def _crossing_reads(
     reads: _Reads = {}
     for node in graph:
         found = tuple(crossing[value] for value in reads_of(node) if value in crossing)
-        if found and (node.op_type == "Identity" or passes(node, found[0])):
-            crossing[node.outputs[0]] = found[0]
+        if found and (node.op_type == "Identity" or passes(node)):
+            crossing.update((value, found[0]) for value in node.outputs)
         elif found or draws(node):  # a draw belongs to one piece, or each would draw its own
             reads[node] = found
             crossing.update((value, value) for value in node.outputs)

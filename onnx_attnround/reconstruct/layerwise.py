@@ -15,7 +15,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run, Units
 from onnx_attnround.numerics import TINY, decibels
 from onnx_attnround.ops import weight_matrix, weight_tensor
-from onnx_attnround.qdq.arithmetic import spread
+from onnx_attnround.qdq.arithmetic import dynamically, spread
 from onnx_attnround.reconstruct.shared_weights import Batches, moments_ahead, one_bias
 from onnx_attnround.reconstruct.walk import walking
 from onnx_attnround.records import (
@@ -199,7 +199,8 @@ class _Readers:
 
         def moments(planned: LayerPlan, batches: Batches) -> Moments:
             params = self._params.get(planned.x)
-            alone = ((x, _codes_of(x, params)) for x, _ in batches)
+            dynamic = params is not None and params.spec.dynamic
+            alone = ((x, x if dynamic else _codes_of(x, params)) for x, _ in batches)
             layer, group = self.open(planned), self._groups[planned.node]
             with torch_threads(layer, self._config.threads):
                 return self._moments(layer, alone, len(group))
@@ -257,28 +258,39 @@ def moments_of(
 ) -> Moments:
     """The moments that ``layer`` is rounded on: centred where a bias takes up the mean error.
 
-    ``batches``, ``count``, ``params`` and ``correlations`` as in :func:`moments.collect`; a
-    bias that is not the layer's own takes up the error of others, too. Where the streams differ
-    in their rows, the float one stands for both.
+    ``batches``, ``count`` and ``correlations`` as in :func:`moments.collect`, ``params`` those
+    of the input, if it is quantised; of a dynamic range the batches have it as it is before.
+    A bias that is not the layer's own takes up the error of others, too. Where the streams
+    differ in their rows, the float one stands for both.
     """
-    same_rows = (
-        (x, v if v.shape == x.shape else _codes_of(x, params)) for x, v in batches
-    )
+    dynamic = params is not None and params.spec.dynamic
+
+    def read(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        same = v.shape == x.shape
+        return v if same and not dynamic else _codes_of(v if same else x, params)
+
+    same_rows = ((x, read(x, v)) for x, v in batches)
     return collect(
         layer.plan,
         layer.weight,
         same_rows,
         count,
-        params,
+        None if dynamic else params,
         centred=layer.bias is not None and own_bias,
         correlations=correlations,
     )
 
 
 def _codes_of(x: torch.Tensor, params: QuantParams | None) -> torch.Tensor:
-    """The codes that a layer reads if only its input ``x`` is quantised, as floats."""
+    """What a layer reads if nothing is quantised but its input ``x``: codes as floats.
+
+    Of a dynamic range, values.
+    """
     if params is None:
         return x
+    if params.spec.dynamic:
+        values: torch.Tensor = dynamically(x)
+        return values
     codes = (x / float(params.scale)).round() + float(params.zero_point)
     return codes.clamp(params.spec.qmin, params.spec.qmax)
 
@@ -372,7 +384,7 @@ def open_layer(
     floor = weight.new_full(weight.shape[:2], torch.finfo(torch.float32).tiny)
     for reader in readers or (plan,):
         held = _bias(model, reader, weight)
-        if held is not None and reader.x in params:
+        if held is not None and reader.x in params and not params[reader.x].spec.dynamic:
             step = float(params[reader.x].scale) * INT32_HEADROOM
             floor = torch.maximum(floor, held.abs() / step)
     layer = OpenLayer(plan, plan.spec_of(bits), weight, bias, floor)

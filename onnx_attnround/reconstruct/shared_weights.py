@@ -38,7 +38,8 @@ def one_bias(
 
     ``params`` are those of activations: the scale of a bias is that of input times weight.
     """
-    scales = {float(params[layer.x].scale) if layer.x in params else None for layer in readers}
+    grids = [params.get(layer.x) for layer in readers]
+    scales = {None if p is None or p.spec.dynamic else float(p.scale) for p in grids}
     kinds = {(layer.bias is None, layer.op_type == "MatMul") for layer in readers}
     values = [tensor_value(model, layer.bias) for layer in readers if layer.bias is not None]
     same = all(np.array_equal(value, values[0]) for value in values)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onnx_attnround.qdq.arithmetic import spread
+from onnx_attnround.qdq.arithmetic import dynamic_grid, spread
 from onnx_attnround.reconstruct.fake_quantise import fake_quantise, rounded
 from onnx_attnround.records import (
     Array,
@@ -109,6 +109,8 @@ class QuantisedBlock:
         if params is None:
             return value
         scale, zero = float(params.scale), float(params.zero_point)
+        if params.spec.dynamic:
+            scale, zero = dynamic_grid(value.detach())
         low, high = params.spec.qmin - zero, params.spec.qmax - zero
         step = self._steps[name].exp() * scale if name in self._steps else torch.tensor(scale)
         return fake_quantise(value, step, low, high)

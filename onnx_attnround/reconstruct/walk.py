@@ -96,7 +96,8 @@ class Walk:
     def inputs(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per batch the float input of layer ``index`` and that of the quantised prefix.
 
-        The latter are codes where the tensor is quantised. Padded tokens are NaN in the
+        The latter are codes where the tensor is quantised, but before its quantisation where
+        its range is found in each run. Padded tokens are NaN in the
         former, so that the moments leave them out.
         """
         plain, quantised = self._streams[0], self._streams[-1]

@@ -96,6 +96,9 @@ def plan_tables(plan: QuantPlan, allocation: BitAllocation) -> RenderableType:
         f"mean bits (first, last and layer_bits left out): {mean_bits(plan, allocation)}, "
         f"nodes left in float: {len(plan.skipped)}"
     )
+    if plan.dynamic:
+        count = sum(layer.x in plan.dynamic for layer in plan.layers)
+        summary += f", layers whose input has a range in each run: {count}"
     notes = [(plan.skipped, "stays in float"), (plan.unblocked, "no blocks of scales")]
     reasons = [Rows((what, "because"), list(why.items())) for why, what in notes if why]
     return Group(tables.plan(plan, allocation), *reasons, summary)

@@ -144,13 +144,17 @@ def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
 
 
 def _activation(result: QuantizeResult, tensor: str, params: QuantParams) -> dict[str, Any]:
-    """What the codes of a tensor can hold, and what it held on the samples that were fitted to."""
+    """What the codes of a tensor can hold, and what it held on the samples that were fitted to.
+
+    A dynamic range is another in each run.
+    """
     stats = result.ranges.stats.get(tensor)
     return {
         "tensor": tensor,
         "bits": params.spec.bits,
         "signed": params.spec.signed,
-        "range": list(range_of(params)),
+        "dynamic": params.spec.dynamic,
+        "range": None if params.spec.dynamic else list(range_of(params)),
         "observed": None if stats is None else [stats.lo, stats.hi],
         "shares_range_of": result.plan.same_range.get(tensor),
     }

@@ -43,9 +43,12 @@ class Samples:
         self.count = self._usable()
 
     def at_most(self, batch_size: int) -> Samples:
-        """The same samples, whose batches hold no more than ``batch_size``, if that is free."""
+        """The same samples, whose batches hold no more than ``batch_size``, if that is free.
+
+        A smaller bound that they have already stays.
+        """
         result = copy(self)
-        result._most = batch_size
+        result._most = min(batch_size, self._most or batch_size)
         return result
 
     def split(self, count: int) -> tuple[Samples, Samples] | None:

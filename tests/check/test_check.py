@@ -169,7 +169,8 @@ def float_weight(dtype: str, output: str | None = None) -> ir.Model:
 def integer_operator() -> ir.Model:
     made = Builder()
     made.nodes.append(helper.make_node("DynamicQuantizeLinear", ["x"], ["c", "s", "z"], "dynamic"))
-    made.node("DequantizeLinear", ["c", "s", "z"], "y")
+    made.node("DequantizeLinear", ["c", "s", "z"], "d")
+    made.node("Add", ["d", "s"], "y")  # no DequantizeLinear: arithmetic with what was found
     return made.build("y")
 
 

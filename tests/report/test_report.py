@@ -73,6 +73,7 @@ def test_the_report_holds_every_figure(result: QuantizeResult) -> None:
             "tensor": tensor,
             "bits": 8,
             "signed": False,
+            "dynamic": False,
             "range": [-0.5, 31.375],
             "observed": observed,
             "shares_range_of": shares,
