@@ -321,7 +321,7 @@ def _activation(result: QuantizeResult, tensor: str, params: QuantParams) -> _Ac
     return _Activation(
         tensor=tensor,
         bits=params.spec.bits,
-        range=f"{low:.3g} to {high:.3g}",
+        range="that of each run" if params.spec.dynamic else f"{low:.3g} to {high:.3g}",
         observed="" if stats is None else f"{stats.lo:.3g} to {stats.hi:.3g}",
         values=_values(result, tensor),
     )
