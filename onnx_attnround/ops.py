@@ -369,6 +369,15 @@ def weight_matrix(layer: LayerPlan, weight: Array) -> Array:
     return WEIGHTED_OPS[layer.op_type].to_matrix(weight, layer.attributes)
 
 
+def matrix_shape(layer: LayerPlan) -> tuple[int, int, int]:
+    """The shape ``[g, o, d]`` of :func:`weight_matrix`, from that of the weight alone."""
+    groups = int(layer.attributes.get("group", 1))
+    outputs = layer.weight_shape[WEIGHTED_OPS[layer.op_type].channel_axis(layer.attributes)]
+    if layer.op_type != "ConvTranspose":  # whose weight has the outputs of one group alone
+        outputs //= groups
+    return groups, outputs, layer.parameters // (groups * outputs)
+
+
 def weight_tensor(layer: LayerPlan, matrix: Array) -> Array:
     """``[g, o, d]`` back in the layout of the ONNX weight, contiguous."""
     op = WEIGHTED_OPS[layer.op_type]

@@ -15,6 +15,8 @@ from onnx_attnround.targets import Target
 Array = NDArray[Any]
 TABLE_BLOCK = 32
 """The entries of a table's row that share a scale, at 4 bits; at 8 bits a row has one scale."""
+MATRIX_OPS = frozenset({"Gemm", "MatMul"})
+"""The weighted ops whose weight is a matrix, which multiplies rows: of tokens, say."""
 LayerErrors = Mapping[str, Mapping[int, float]]
 """The error of the model's outputs by node name and bits, with that layer alone quantised."""
 
@@ -87,9 +89,19 @@ class LayerPlan:
         return replace(self.weight_spec, bits=bits, block_size=blocks)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the weight is a matrix."""
+        return self.op_type in MATRIX_OPS
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether the op has an input for a bias, which rounding may then correct."""
+        return self.op_type != "MatMul"
+
+    @property
     def stored_as(self) -> tuple[object, ...]:
         """A key that is the same for layers whose weight can be stored once."""
-        kind = "matrix" if self.op_type in ("Gemm", "MatMul") else self.op_type
+        kind = "matrix" if self.is_matrix else self.op_type
         layout = [self.attributes.get(name, usual) for name, usual in (("group", 1), ("transB", 0))]
         return self.weight, kind, *layout, self.weight_spec, self.block_bits
 

@@ -20,6 +20,7 @@ from onnx_attnround.ops import (
     clip_bounds,
     conv_pads,
     input_grid,
+    matrix_shape,
     weight_matrix,
     weight_tensor,
 )
@@ -73,6 +74,7 @@ def check(op_type: str, x: np.ndarray, weight: np.ndarray, attributes: dict[str,
     layer, y = make_layer(op_type, x, weight, attributes)
     wide = channels_last(y) if op_type.startswith("Conv") else y.reshape(-1, y.shape[-1])
     np.testing.assert_array_equal(product(layer, x, weight), wide)
+    assert matrix_shape(layer) == weight_matrix(layer, weight).shape
     back = weight_tensor(layer, weight_matrix(layer, weight))
     np.testing.assert_array_equal(back, weight)
     assert back.flags.c_contiguous

@@ -9,6 +9,7 @@ from onnx_attnround.check.rules import COMMON, Findings, Rule, operators_on_inte
 from onnx_attnround.check.saturation import pairs_beyond_int16
 from onnx_attnround.check.view import View
 from onnx_attnround.graph import only_reader
+from onnx_attnround.records import MATRIX_OPS
 
 _TWO_BITS = ("INT2", "UINT2")
 
@@ -32,7 +33,7 @@ def two_bits_under_integer_activations(view: View) -> Findings:
 def two_bits_that_fill_no_bytes(view: View) -> Findings:
     """Under a float input 2-bit weights become MatMulNBits, as if each row began a byte."""
     for layer in view.layers:
-        matrix = layer.node.op_type in ("Gemm", "MatMul")
+        matrix = layer.node.op_type in MATRIX_OPS
         if layer.quantised or layer.weight is None or not matrix:
             continue
         fused = layer.weight.codes.name in _TWO_BITS and not layer.node.attributes.get_int(
@@ -63,7 +64,7 @@ def blocks_of_eight_bits_under_integer_activations(view: View) -> Findings:
 def clipped_low_bit_weights(view: View) -> Findings:
     """A MatMul or Gemm is no MatMulNBits before a Relu or Clip that one node reads."""
     for layer in view.layers:
-        matrix = layer.node.op_type in ("Gemm", "MatMul")
+        matrix = layer.node.op_type in MATRIX_OPS
         if layer.weight is None or layer.x is not None or not matrix:
             continue
         clip = only_reader(layer.node.outputs[0])

@@ -16,7 +16,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.graph import input_specs
 from onnx_attnround.graph.constants import constants
-from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.ops import matrix_shape
 from onnx_attnround.plan.bits import measures
 from onnx_attnround.records import LayerPlan, QuantPlan
 from onnx_attnround.samples import Samples
@@ -122,7 +122,7 @@ def _rounding(layer: LayerPlan, count: int | None) -> int:
     from onnx_attnround.rounding.methods import MOST_WEIGHTS
     from onnx_attnround.rounding.moments import WIDE, WIDE_PATCHES  # with torch: takes a second
 
-    groups, depth = groups_and_inputs(layer)
+    groups, _, depth = matrix_shape(layer)
     values = WEIGHT_COPIES * layer.parameters
     values += PART_COPIES * min(layer.parameters, MOST_WEIGHTS)
     if count is not None and depth > WIDE:
@@ -130,14 +130,6 @@ def _rounding(layer: LayerPlan, count: int | None) -> int:
     elif count is not None:
         values += GRAM_COPIES * groups * depth * depth
     return FLOAT * values
-
-
-def groups_and_inputs(layer: LayerPlan) -> tuple[int, int]:
-    """Groups of a layer, and the inputs of a row of its weight."""
-    groups = int(layer.attributes.get("group", 1))
-    axis = WEIGHTED_OPS[layer.op_type].channel_axis(layer.attributes)
-    outputs = layer.weight_shape[axis] * (groups if layer.op_type == "ConvTranspose" else 1)
-    return groups, layer.parameters // outputs
 
 
 def _per_sample(model: ir.Model, plan: QuantPlan, count: int) -> int:
@@ -152,9 +144,8 @@ def _patches(layer: LayerPlan, sizes: Mapping[str, int], count: int) -> int:
     """Elements of the patches of one sample that are looked at together."""
     from onnx_attnround.rounding.moments import wanted_patches
 
-    groups, depth = groups_and_inputs(layer)
-    outputs = groups * layer.parameters // (groups * depth)
-    positions = max(sizes.get(layer.y, 0) // max(outputs, 1), 1)
+    groups, outputs, depth = matrix_shape(layer)
+    positions = max(sizes.get(layer.y, 0) // max(groups * outputs, 1), 1)
     wanted = math.ceil(wanted_patches(depth) / count)
     return PATCH_COPIES * min(wanted, positions) * groups * depth
 

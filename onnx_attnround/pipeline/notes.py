@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from onnx_attnround.calibrate import Calibration
 from onnx_attnround.context import Run
-from onnx_attnround.pipeline.memory_limit import groups_and_inputs
+from onnx_attnround.ops import matrix_shape
 from onnx_attnround.records import LayerPlan, LayerRounding, QuantPlan
 
 
@@ -21,7 +21,7 @@ def few_rows(plan: QuantPlan, ranges: Calibration, samples: int) -> Iterator[str
     """
     found = []
     for layer in plan.layers:
-        rows, (_, inputs) = _rows(layer, plan, ranges, samples), groups_and_inputs(layer)
+        rows, inputs = _rows(layer, plan, ranges, samples), matrix_shape(layer)[2]
         if rows is not None and rows < inputs:
             found.append((rows / inputs, f"'{layer.node}', {rows} rows for {inputs} inputs"))
     if found:
@@ -34,13 +34,13 @@ def few_rows(plan: QuantPlan, ranges: Calibration, samples: int) -> Iterator[str
 
 def _rows(layer: LayerPlan, plan: QuantPlan, ranges: Calibration, samples: int) -> int | None:
     """How many rows the weight of ``layer`` multiplied."""
-    if layer.op_type in ("Conv", "ConvTranspose"):
+    if not layer.is_matrix:
         return None if layer.macs is None else samples * layer.macs // layer.parameters
     name = layer.x
     while name in plan.same_range:
         name = plan.same_range[name]
     stats = ranges.stats.get(name)
-    return None if stats is None else stats.count // groups_and_inputs(layer)[1]
+    return None if stats is None else stats.count // matrix_shape(layer)[2]
 
 
 def dynamic_note(plan: QuantPlan, gain_db: float) -> str:

@@ -50,7 +50,7 @@ def with_blocks(
 
 def _refusal(layer: LayerPlan, size: int, target: Target) -> str | None:
     axis = layer.weight_spec.axis
-    if layer.op_type not in ("Gemm", "MatMul") or axis is None:
+    if not layer.is_matrix or axis is None:
         return f"{layer.op_type} takes one scale per channel"
     inputs = layer.weight_shape[1 - axis]
     if inputs <= size:

@@ -15,6 +15,7 @@ from onnx_attnround.ops import clip_bounds
 from onnx_attnround.qdq.arithmetic import quantize
 from onnx_attnround.qdq.tables import quantize_tables
 from onnx_attnround.records import (
+    MATRIX_OPS,
     Array,
     LayerPlan,
     LayerRounding,
@@ -149,7 +150,7 @@ def _fills_bytes(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
     Else ONNX Runtime 1.31 computes something else.
     """
     axis = layer.weight_spec.axis
-    matrix = layer.op_type in ("Gemm", "MatMul") and layer.x not in params
+    matrix = layer.is_matrix and layer.x not in params
     return not matrix or axis is None or layer.weight_shape[axis] % 4 == 0
 
 
@@ -323,7 +324,7 @@ class _Writer:
         relu = only_reader(node.outputs[0])
         if relu is None or relu.op_type != "Relu" or only_reader(relu.outputs[0]) is None:
             return
-        if node.op_type in ("Gemm", "MatMul"):
+        if node.op_type in MATRIX_OPS:
             zero = self._initializer(_tensor(np.zeros(()), ir.DataType.FLOAT, f"{relu.name}/zero"))
             relu.op_type = "Max"
             relu.resize_inputs(2)

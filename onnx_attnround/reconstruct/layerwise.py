@@ -396,7 +396,7 @@ def open_layer(
 def _bias(model: ir.Model, plan: LayerPlan, weight: torch.Tensor) -> torch.Tensor | None:
     """The bias as ``[g, o]``; zeros where the op could have one, for it to be corrected."""
     shape = weight.shape[:2]
-    if plan.op_type == "MatMul":
+    if not plan.takes_bias:
         return None
     if plan.bias is None:
         return weight.new_zeros(shape)

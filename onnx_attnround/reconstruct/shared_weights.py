@@ -40,7 +40,7 @@ def one_bias(
     """
     grids = [params.get(layer.x) for layer in readers]
     scales = {None if p is None or p.spec.dynamic else float(p.scale) for p in grids}
-    kinds = {(layer.bias is None, layer.op_type == "MatMul") for layer in readers}
+    kinds = {(layer.bias is None, layer.takes_bias) for layer in readers}
     values = [tensor_value(model, layer.bias) for layer in readers if layer.bias is not None]
     same = all(np.array_equal(value, values[0]) for value in values)
     return len(scales) == len(kinds) == 1 and same

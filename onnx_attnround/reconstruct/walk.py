@@ -29,8 +29,6 @@ from onnx_attnround.runtime.session import first_line, open_session
 from onnx_attnround.samples import Feeds, Samples
 from onnx_attnround.samples.mask import counted, find_mask, tokens
 
-_BY_TOKEN = frozenset({"Gemm", "MatMul"})
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -101,7 +99,7 @@ class Walk:
         former, so that the moments leave them out.
         """
         plain, quantised = self._streams[0], self._streams[-1]
-        by_token = self._layers[index].op_type in _BY_TOKEN
+        by_token = self._layers[index].is_matrix
         for batch in range(self._batches):
             x, v = plain.layer_input(index, batch), quantised.layer_input(index, batch)
             kept = counted(tuple(x.shape), self._tokens[batch]) if by_token else None

@@ -70,7 +70,7 @@ def choose(statistics: Statistics, layers: Sequence[JudgedLayer], observer: str)
 
 def _worth_a_node(layers: Sequence[JudgedLayer]) -> float:
     """The share of the error that may remain if a Mul does it; 0 where that takes too long."""
-    matrices = all(layer.plan.op_type in ("Gemm", "MatMul") for layer in layers)
+    matrices = all(layer.plan.is_matrix for layer in layers)
     outputs = sum(layer.plan.parameters // layer.weight.shape[-1] for layer in layers)
     return WORTH_A_NODE if matrices and outputs >= LEAST_OUTPUTS else 0.0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from onnx_attnround.ops import matrix_shape
 from onnx_attnround.records import Array, LayerPlan, QuantPlan, QuantSpec, readers_of
 from onnx_attnround.smooth.division import CannotDivideError, Edit, divide
 
@@ -79,10 +81,8 @@ def _folds(
 
 def channels_of(layer: LayerPlan) -> int:
     """The number of input channels of a layer."""
-    shape, groups = layer.weight_shape, int(layer.attributes.get("group", 1))
-    if layer.op_type == "Conv":
-        return shape[1] * groups
-    return shape[1] if layer.op_type == "Gemm" and layer.attributes.get("transB", 0) else shape[0]
+    groups, _, depth = matrix_shape(layer)
+    return groups * depth // math.prod(layer.weight_shape[2:])
 
 
 def edits_of(group: Group, scale: Array, plan: QuantPlan) -> list[Edit]:

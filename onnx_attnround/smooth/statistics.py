@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from onnx_attnround.numerics import golden_places
-from onnx_attnround.ops import input_grid
+from onnx_attnround.ops import input_grid, matrix_shape
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.smooth.groups import Group
 
@@ -54,7 +54,7 @@ class Statistics:
     def _keep(self, layer: LayerPlan, x: Array, fold: Array) -> None:
         """Keep rows of these samples, at places that follow from a sample's number alone."""
         grid = input_grid(layer, torch.from_numpy(np.require(x, requirements="W")))
-        depth = layer.parameters // _outputs(layer)
+        depth = matrix_shape(layer)[2]
         wanted = FOLDS * min(KEPT // depth + 1, MOST_ROWS)
         each = min(-(-wanted // self._samples), grid.count)
         places = golden_places(self.seen * each, len(grid.x) * each)
@@ -95,18 +95,8 @@ class Statistics:
         return bool(self._counts.all() and squares.all() and np.isfinite(squares).all())
 
 
-def _outputs(layer: LayerPlan) -> int:
-    """Outputs of one group of a layer's channels."""
-    shape, groups = layer.weight_shape, int(layer.attributes.get("group", 1))
-    if layer.op_type == "Conv":
-        return shape[0]
-    if layer.op_type == "ConvTranspose":
-        return shape[1] * groups
-    return shape[0 if layer.op_type == "Gemm" and layer.attributes.get("transB", 0) else 1]
-
-
 def _patches(layer: LayerPlan) -> Hashable:
     """A key that is the same for layers of one group with the same patches."""
-    if layer.op_type in ("MatMul", "Gemm"):
+    if layer.is_matrix:
         return "rows"
     return layer.op_type, layer.weight_shape[2:], str(sorted(layer.attributes.items()))
