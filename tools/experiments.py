@@ -22,7 +22,8 @@ from sklearn.cluster import KMeans
 
 from onnx_attnround import QuantConfig, graph, quantize
 from onnx_attnround.context import Run
-from onnx_attnround.pipeline import Loaded, Prepared, QuantizeResult, finish, prepare
+from onnx_attnround.pipeline import QuantizeResult, finish, prepare
+from onnx_attnround.pipeline.prepared import Loaded, Prepared
 from onnx_attnround.plan import bits as allocation
 from onnx_attnround.reconstruct import sensitivity
 from onnx_attnround.records import LayerErrors, LayerPlan

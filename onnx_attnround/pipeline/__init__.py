@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_attnround import graph, qdq
-from onnx_attnround.calibrate import Calibration, left_out_note
-from onnx_attnround.check import UNPACKING_OP, Checked, check
+from onnx_attnround.calibrate import left_out_note
+from onnx_attnround.check import Checked, check
 from onnx_attnround.checkpoint import check_work_dir, open_checkpoint
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
-from onnx_attnround.errors import GateError, ModelError, OutputError
+from onnx_attnround.errors import GateError, OutputError
 from onnx_attnround.ops import weight_matrix
 from onnx_attnround.pipeline.activations import (
     plan_parted,
@@ -34,6 +34,8 @@ from onnx_attnround.pipeline.open_inputs import (
     open_evaluation,
 )
 from onnx_attnround.pipeline.open_model import ModelSource, open_model, source_of
+from onnx_attnround.pipeline.prepared import Loaded, Prepared
+from onnx_attnround.pipeline.proof import CHECKED_SAMPLES, checked_output, compare, rounded_note
 from onnx_attnround.pipeline.smoothing import smooth_model
 from onnx_attnround.plan.bits import allocate, measures
 from onnx_attnround.plan.dynamic import can_be_dynamic, with_dynamic
@@ -48,25 +50,18 @@ from onnx_attnround.records import (
     QuantPlan,
 )
 from onnx_attnround.report.result import QuantizeResult
-from onnx_attnround.runtime.session import custom_ops, open_session
+from onnx_attnround.runtime.session import custom_ops
 from onnx_attnround.samples import Samples, open_samples
 from onnx_attnround.samples.preprocess import Preprocess, Transform
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import WeightStorage, get_target
 from onnx_attnround.verify import (
-    Basis,
-    Verification,
     check_gates,
     check_labels,
     output_sqnr,
-    rounded_activations_note,
     slower_note,
-    verify,
 )
 from onnx_attnround.version import version
-
-CHECKED_SAMPLES = 4
-"""The samples that a file is run on when it is checked."""
 
 
 def make_plan(
@@ -150,40 +145,6 @@ def check_model(
             samples = open_samples(calibration, specs, limit=config.samples, preprocess=preprocess)
             feed = next(samples.batches(CHECKED_SAMPLES))
         return check(loaded, get_target(config.target), feed)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """The model, from ``source`` if that is a file, and the samples that came with it.
-
-    ``samples`` are fitted to, ``evaluation`` measured on, and so are the former without it.
-    """
-
-    source: Path | None
-    original: ir.Model
-    samples: Samples | None
-    evaluation: Samples | None
-    labels: Array | None
-    basis: Basis = "evaluation"
-
-    @property
-    def judged_on(self) -> Samples | None:
-        """Samples that figures are measured on; what they are is told by ``basis``."""
-        return self.evaluation or self.samples
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """All that does not depend on the bits of the layers.
-
-    ``errors`` are those that the allocator goes by, if it goes by any.
-    """
-
-    given: Loaded
-    simplified: ir.Model
-    plan: QuantPlan
-    ranges: Calibration
-    errors: LayerErrors | None
 
 
 def load(
@@ -281,10 +242,10 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         quantised, notes = written(prepared, params, roundings, config, allocation)
         run.notes += notes
     with run.stage("check"):
-        checked = _check(quantised, plan, prepared.given.judged_on)
+        checked = checked_output(quantised, plan, prepared.given.judged_on)
     with run.stage("verify"):
-        verification = _verify(run, prepared, quantised)
-        run.notes += _rounded(run, prepared, quantised, checked)
+        verification = compare(run, prepared, quantised)
+        run.notes += rounded_note(run, prepared, quantised, checked)
     if verification is not None:
         run.notes += verification.notes
     if verification is not None and plan.target.runtime == "onnxruntime":
@@ -430,64 +391,6 @@ def _refine(
         )
         return roundings, params, ()
     return refined.roundings, refined.params, tuple(refined.blocks)
-
-
-def _verify(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification | None:
-    """The comparison with the float model; without samples, only whether the model loads."""
-    given = prepared.given
-    if given.judged_on is None:
-        open_session(quantised, threads=run.config.threads)
-        return None
-    return verify(
-        _reference(run, given.original, prepared.simplified),
-        quantised,
-        given.judged_on,
-        basis=given.basis,
-        labels=given.labels,
-        layers=(prepared.simplified, prepared.plan.layers),
-        threads=run.config.threads,
-        on_event=run.on_event,
-    )
-
-
-def _rounded(run: Run, prepared: Prepared, quantised: ir.Model, checked: Checked) -> list[str]:
-    """A note on activations that the kernel of low-bit weights rounds, if it is at work."""
-    samples, kernels = prepared.given.judged_on, checked.fusion.weight_only.values()
-    if samples is None or UNPACKING_OP not in kernels:
-        return []
-    models = prepared.simplified, quantised
-    return rounded_activations_note(*models, samples, run.config.threads)
-
-
-def _check(model: ir.Model, plan: QuantPlan, samples: Samples | None) -> Checked:
-    """What the target's rules say of the output; raises ``OutputError`` if it is refused."""
-    feed = None if samples is None else next(samples.batches(CHECKED_SAMPLES))
-    checked = check(model, plan.target, feed)
-    if checked.refused:
-        advice = _advice(checked.refused[0].node, plan)
-        raise OutputError(f"the output {checked.verdict}; {advice}")
-    return checked
-
-
-def _advice(node: str, plan: QuantPlan) -> str:
-    """What helps where a finding names ``node``, which may be one that the writer added."""
-    other = "choose another `target`"
-    tensor = node.removesuffix("/quantize").removesuffix("/dequantize")
-    if plan.target.placement == "everything" and node not in {one.node for one in plan.layers}:
-        return other
-    if tensor != node and tensor in plan.activations:
-        return f"give '{tensor}' 32 bits, float, in `activation_bits`, or {other}"
-    return f"`exclude` that node, or {other}"
-
-
-def _reference(run: Run, original: ir.Model, simplified: ir.Model) -> ir.Model:
-    """The float model to compare with: the original, if ONNX Runtime has all its kernels."""
-    try:
-        open_session(original, threads=run.config.threads)
-    except ModelError as error:
-        run.notes.append(f"compared with the simplified model: {error}")
-        return simplified
-    return original
 
 
 def _add_provenance(model: ir.Model, config: QuantConfig, allocation: BitAllocation) -> None:

@@ -20,15 +20,8 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
 from onnx_attnround.errors import CalibrationError, ConfigError
 from onnx_attnround.goals import Goal
-from onnx_attnround.pipeline import (
-    Loaded,
-    Prepared,
-    allocate_bits,
-    finish,
-    prepare,
-    storage_of,
-    written,
-)
+from onnx_attnround.pipeline import allocate_bits, finish, prepare, storage_of, written
+from onnx_attnround.pipeline.prepared import Loaded, Prepared
 from onnx_attnround.plan.bits import by_error_saved, free_layers
 from onnx_attnround.records import LayerErrors
 from onnx_attnround.report.result import GoalSearch, QuantizeResult, Trial

@@ -15,10 +15,11 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
 from onnx_attnround.errors import ConfigError, GateError
 from onnx_attnround.graph import check_output
-from onnx_attnround.pipeline import Prepared, finish, load, prepare
+from onnx_attnround.pipeline import finish, load, prepare
 from onnx_attnround.pipeline.log import logged
 from onnx_attnround.pipeline.open_inputs import comparable
 from onnx_attnround.pipeline.open_model import ModelSource, source_of
+from onnx_attnround.pipeline.prepared import Prepared
 from onnx_attnround.records import OnEvent
 from onnx_attnround.report.result import Point, QuantizeResult
 from onnx_attnround.samples.preprocess import Preprocess, Transform

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from onnx_attnround.qdq.folded import fold_weights
 from onnx_attnround.qdq.sharing import store_once
+from onnx_attnround.qdq.storage import stored_bits
 from onnx_attnround.qdq.writer import (
     bias_scale,
     insert,
-    stored_bits,
     update_layer,
     update_scale,
 )

@@ -13,6 +13,7 @@ from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import least_ir_version, name_nodes, only_reader, raise_opset
 from onnx_attnround.ops import clip_bounds
 from onnx_attnround.qdq.arithmetic import quantize
+from onnx_attnround.qdq.storage import activation_type, code_type, required_opset
 from onnx_attnround.qdq.tables import quantize_tables
 from onnx_attnround.records import (
     MATRIX_OPS,
@@ -23,11 +24,7 @@ from onnx_attnround.records import (
     QuantPlan,
     QuantSpec,
 )
-from onnx_attnround.targets import Target, WeightStorage
-
-PER_CHANNEL_OPSET = 13
-LOW_BIT_OPSET = 21  # INT4, 16-bit types and blocks in QuantizeLinear and DequantizeLinear
-TWO_BIT_OPSET = 25  # INT2 in Cast
+from onnx_attnround.targets import WeightStorage
 
 _PACKED = {"INT2": ml_dtypes.int2, "INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4}
 
@@ -47,7 +44,7 @@ def insert(
     the QuantizeLinear is ``NAME_raw``, or another name where that is taken. Raises
     ``ModelError`` if the opset cannot be raised.
     """
-    out = raise_opset(model.clone(), _required_opset(plan, params, roundings, storage))
+    out = raise_opset(model.clone(), required_opset(plan, params, roundings, storage))
     writer = _Writer(out, plan, params, storage)
     for layer in plan.layers:
         writer.add_layer(layer, roundings[layer.node])
@@ -100,70 +97,6 @@ def _sources(value: ir.Value | None) -> list[ir.Value]:
     return [source for source in values if source is not None]
 
 
-def _required_opset(
-    plan: QuantPlan,
-    params: Mapping[str, QuantParams],
-    roundings: Mapping[str, LayerRounding],
-    storage: WeightStorage,
-) -> int:
-    specs = {layer.node: roundings[layer.node].spec for layer in plan.layers}
-    weights = {
-        _code_type(layer, specs[layer.node], params, storage, plan.target) for layer in plan.layers
-    }
-    blocks = any(spec.block_size for spec in specs.values())
-    wide_activations = any(spec.bits > 8 for spec in plan.activations.values())
-    if ir.DataType.INT2 in weights:
-        return TWO_BIT_OPSET
-    low = ir.DataType.INT4 in weights or blocks or wide_activations
-    return LOW_BIT_OPSET if low else PER_CHANNEL_OPSET
-
-
-def _code_type(
-    layer: LayerPlan,
-    spec: QuantSpec,
-    params: Mapping[str, QuantParams],
-    storage: WeightStorage,
-    target: Target,
-) -> ir.DataType:
-    """The type of the initialiser that holds weight codes: INT8 where ``storage`` is not taken."""
-    if storage not in target.storages(blocks=spec.block_size is not None):
-        return ir.DataType.INT8
-    if spec.bits <= 2 and storage == "packed2" and _fills_bytes(layer, params):
-        return ir.DataType.INT2
-    return ir.DataType.INT4 if spec.bits <= 4 and storage != "int8" else ir.DataType.INT8
-
-
-def stored_bits(
-    layer: LayerPlan,
-    bits: int,
-    params: Mapping[str, QuantParams],
-    storage: WeightStorage,
-    target: Target,
-) -> int:
-    """Bits that a weight of ``layer`` takes in the file when its codes have ``bits``."""
-    return _code_type(layer, layer.spec_of(bits), params, storage, target).bitwidth
-
-
-def _fills_bytes(layer: LayerPlan, params: Mapping[str, QuantParams]) -> bool:
-    """Whether 2-bit codes may be written: of a matrix under a float input, whole bytes in a row.
-
-    Else ONNX Runtime 1.31 computes something else.
-    """
-    axis = layer.weight_spec.axis
-    matrix = layer.is_matrix and layer.x not in params
-    return not matrix or axis is None or layer.weight_shape[axis] % 4 == 0
-
-
-def _activation_type(spec: QuantSpec) -> ir.DataType:
-    """At least 8 bits wide: narrower codes are clipped, so that layers still run in integer.
-
-    DynamicQuantizeLinear makes codes without sign alone.
-    """
-    if spec.dynamic:
-        return ir.DataType.UINT8
-    return ir.DataType[f"{'' if spec.signed else 'U'}INT{8 if spec.bits <= 8 else 16}"]
-
-
 def _is_idle(node: ir.Node | None, params: QuantParams) -> bool:
     """Whether the Q behind a node does its work, too: of a Relu, a Clip or an Identity."""
     if node is None or node.op_type not in ("Relu", "Clip"):
@@ -190,14 +123,14 @@ def _layer_tensors(
 ) -> list[ir.Tensor[Array]]:
     """The initialisers of one layer: weight codes, scale, zero point and the bias."""
     base = layer.node
-    code_type = _code_type(layer, rounding.spec, params, storage, plan.target)
+    stored = code_type(layer, rounding.spec, params, storage, plan.target)
     unpacked = storage != "int4" and layer.x in params  # before the DQ, for an integer kernel
-    point_type = ir.DataType.INT8 if unpacked else code_type
+    point_type = ir.DataType.INT8 if unpacked else stored
     values = [rounding.codes, rounding.scale, rounding.zero_point]
     if _is_turned(layer, params):
         values = [array.T for array in values]
     tensors = [
-        _tensor(values[0], code_type, f"{base}/weight_codes"),
+        _tensor(values[0], stored, f"{base}/weight_codes"),
         _tensor(values[1], ir.DataType.FLOAT, f"{base}/weight_scale"),
         _tensor(values[2], point_type, f"{base}/weight_zero_point"),
     ]
@@ -413,13 +346,13 @@ class _Writer:
             node = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")
             codes = node.outputs[0]
         codes.name = self._fresh(f"{name}_codes")
-        codes.type = ir.TensorType(_activation_type(params.spec))
+        codes.type = ir.TensorType(activation_type(params.spec))
         self.graph.append(node)
         return codes, scale, point
 
     def _grid(self, params: QuantParams, name: str) -> tuple[ir.Value, ir.Value]:
         """Scale and zero point of an activation as constants."""
-        code_type = _activation_type(params.spec)
+        code_type = activation_type(params.spec)
         scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
         point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
         return scale, point
@@ -436,7 +369,7 @@ class _Writer:
         zero = params.zero_point.astype(np.float32)
         with np.errstate(over="ignore"):  # of masks, which are clipped
             codes = quantize(values.numpy(), params.scale, zero, spec.qmin, spec.qmax)
-        tensor = _tensor(codes, _activation_type(spec), f"{constant.name}/codes")
+        tensor = _tensor(codes, activation_type(spec), f"{constant.name}/codes")
         inputs = [self._initializer(tensor), *self._grid(params, constant.name or "")]
         restored = self._dequantise(inputs, constant.name or "", {}, consumers[0][0])
         for node, index in consumers:
