@@ -17,7 +17,7 @@ Run = Callable[[Feed], dict[str, Any]]
 Runs = tuple[Run, Run]
 Models = tuple[ir.Model, ir.Model]
 Step = Callable[[str, int], None]
-"""Told of progress: what was run, on how many samples."""
+"""A function that is told of progress: what was run, and on how many samples."""
 
 BATCH = 16
 
