@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onnx_attnround.pipeline import check_model, make_plan, quantize
     from onnx_attnround.pipeline.from_torch import from_torch
     from onnx_attnround.pipeline.trade_off import trade_off
+    from onnx_attnround.pipeline.two_models import compare
     from onnx_attnround.records import Event
     from onnx_attnround.report.result import QuantizeResult
     from onnx_attnround.samples.preprocess import Preprocess
@@ -58,6 +59,7 @@ __all__ = [
     "Target",
     "__version__",
     "check_model",
+    "compare",
     "from_torch",
     "make_plan",
     "quantize",
@@ -70,6 +72,7 @@ _LATE = {
     "Preprocess": "samples.preprocess",
     "QuantizeResult": "report.result",
     "check_model": "pipeline",
+    "compare": "pipeline.two_models",
     "from_torch": "pipeline.from_torch",
     "make_plan": "pipeline",
     "quantize": "pipeline",

@@ -43,7 +43,8 @@ def options() -> set[str]:
     """All that the command line understands."""
     group = get_command(app)
     known = [*group.params, *(each for name in COMMANDS for each in group.commands[name].params)]
-    return {"--check", "--dry-run", *(name for parameter in known for name in parameter.opts)}
+    flags = {"--check", "--compare", "--dry-run"}
+    return flags | {name for parameter in known for name in parameter.opts}
 
 
 def test_the_first_commands_are_two() -> None:

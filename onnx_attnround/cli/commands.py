@@ -16,7 +16,7 @@ from onnx_attnround.version import version
 
 PROGRAM = "onnx-attnround"
 _CODES = "Exit codes: 0 done, 1 failed, 2 usage, 3 gate missed, 130 interrupted."
-_ALL = frozenset(each.name for each in fields(Options))
+_ALL = frozenset(each.name for each in fields(Options)) - {"quantised"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,18 @@ COMMANDS: dict[str, Command] = {
         options=_ALL - {"output", "evaluation"},
         keys=frozenset({"samples", "target", "custom_op_library"}),
     ),
+    "compare": Command(
+        does="Compare the float model IN with a QUANTISED one of any make (Q/DQ, operators on "
+        "codes, dynamic) on samples: outputs and slices, size and speed, and each layer that both "
+        "have; name the first one where they part beyond what its surroundings explain, and what "
+        "helps.",
+        examples=(
+            "float.onnx quantised.onnx --eval samples.npz",
+            "float.onnx quantised.onnx --eval labelled.npz --report compared.html",
+        ),
+        options=_ALL - {"output", "calib", "more"} | {"quantised"},
+        keys=frozenset({"threads", "custom_op_library"}),
+    ),
     "inspect": Command(
         does="Print what is in the model IN: operators, weights and their bits, opset, inputs "
         "and outputs, and what each target would quantise of it, or makes of a quantised file.",
@@ -89,7 +101,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback(
     epilog=f"{PROGRAM} IN OUT does what quantize does, with --dry-run what plan does, with --check "
-    f"what check does.\n\n{_CODES}"
+    f"what check does, with --compare what compare does.\n\n{_CODES}"
 )
 def _main(
     show_version: Annotated[
@@ -125,7 +137,8 @@ def with_command(arguments: Sequence[str]) -> list[str]:
     first = given[0] if given else ""
     if first in COMMANDS or first in _OF_ALL or first.startswith(("--show-c", "--install-c")):
         return given
-    for name, flag in (("check", "--check"), ("plan", "--dry-run")):
+    flags = ("check", "--check"), ("compare", "--compare"), ("plan", "--dry-run")
+    for name, flag in flags:
         if flag in given:
             return [name, *(each for each in given if each != flag)]
     near = difflib.get_close_matches(first, COMMANDS, 1)

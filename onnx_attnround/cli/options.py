@@ -49,6 +49,10 @@ class Options:
     more: Annotated[
         list[Path] | None, typer.Argument(metavar="[IN]...", help="More models, one by one.")
     ] = None
+    quantised: Annotated[
+        Path | None,
+        typer.Argument(metavar="QUANTISED", help="The quantised model, of any make."),
+    ] = None
     calib: Annotated[
         Path | None,
         _option(

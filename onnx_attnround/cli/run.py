@@ -71,6 +71,8 @@ def _check(job: Job, command: str) -> None:
             "OUT is missing: name the file to write, here or as `output` in a config, or take the "
             "command plan"
         )
+    if command == "compare" and options.quantised is None:
+        raise ConfigError("QUANTISED is missing: name the float model and then the quantised one")
     _check_reports(options)
     if options.quiet and options.verbose:
         raise ConfigError("--quiet and --verbose contradict each other: give one of them")
@@ -196,6 +198,37 @@ def _check_model(job: Job, model: Path) -> str | None:
     return f"'{model}' {checked.verdict}" if checked.refused else None
 
 
+def _compare(job: Job) -> None:
+    """Print how a quantised model differs from its float model, and where."""
+    from onnx_attnround.cli.progress import shown
+    from onnx_attnround.graph import check_output
+    from onnx_attnround.pipeline.two_models import compare
+    from onnx_attnround.report.console import compared_console
+    from onnx_attnround.report.document import compared_dict
+    from onnx_attnround.report.sentences import parting_lines
+
+    options = job.options
+    for report in options.report or ():
+        check_output(report)
+    models = job.model, options.quantised or job.model
+    preprocess = _preprocess(options)
+    with shown(quiet=options.quiet, verbose=options.verbose) as on_event:
+        compared = compare(
+            *models, options.evaluation, job.config, preprocess=preprocess, on_event=on_event
+        )
+    _write_reports(job, compared)
+    found = compared.found
+    warnings = [*found.verification.collapsed, *(parting_lines(found) if found.first else ())]
+    if not options.quiet:
+        job.show(
+            Found(
+                shown=compared_console(compared, verbose=options.verbose),
+                record=lambda: compared_dict(compared),
+                remarks=tuple(("warning", each) for each in warnings),
+            )
+        )
+
+
 def _inspect(job: Job) -> None:
     """Print what is in the model, and what targets would take of it."""
     from onnx_attnround.pipeline.inspection import inspect_model
@@ -305,6 +338,7 @@ DOES: Mapping[str, Callable[[Job], None]] = {
     "quantize": _quantize,
     "plan": _plan,
     "check": _check_models,
+    "compare": _compare,
     "inspect": _inspect,
 }
 """What each command does."""

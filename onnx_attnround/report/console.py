@@ -12,7 +12,7 @@ from onnx_attnround.check import Checked
 from onnx_attnround.records import BitAllocation, QuantPlan
 from onnx_attnround.report import tables
 from onnx_attnround.report.layout import Rows
-from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import (
     bits_line,
     exactness_line,
@@ -21,6 +21,7 @@ from onnx_attnround.report.sentences import (
     mean_bits,
     named,
     notes_of_all,
+    parting_lines,
     release_line,
 )
 from onnx_attnround.verify import Verification
@@ -68,6 +69,20 @@ def check_console(checked: Checked) -> RenderableType:
         parts.append("not run: the runtime is not here, or shapes are unknown (give `calibration`)")
     if not checked.findings:
         parts.append(f"no rule of target '{checked.target}' is broken")
+    return Group(*parts)
+
+
+def compared_console(compared: Compared, *, verbose: bool) -> RenderableType:
+    """What ``compare`` prints: outputs, size and speed, and where the two models part."""
+    found = compared.found
+    parts: list[RenderableType] = [tables.layer_pairs(found)] if verbose and found.layers else []
+    parts.append(tables.comparison(found.verification, elsewhere=False))
+    if found.layers:
+        parts += parting_lines(found)
+    if found.alone:
+        parts.append(f"layers without a partner in the other model: {named(found.alone)}")
+    parts += [f"note: {note}" for note in compared.notes]
+    parts += _warnings(found.verification)
     return Group(*parts)
 
 

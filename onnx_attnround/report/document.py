@@ -14,7 +14,7 @@ import onnxruntime as ort
 from onnx_attnround.check import Checked
 from onnx_attnround.qdq.arithmetic import range_of
 from onnx_attnround.records import BitAllocation, LayerPlan, QuantParams, QuantPlan
-from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.verify import Verification
 from onnx_attnround.version import version
 
@@ -108,6 +108,25 @@ def _planned(layer: LayerPlan, allocation: BitAllocation) -> dict[str, Any]:
         "bits": allocation.bits.get(layer.node),
         "coding_length": allocation.coding_length.get(layer.node),
     }
+
+
+def compared_dict(compared: Compared) -> dict[str, Any]:
+    """What a comparison found, layer by layer too; SQNR that is not finite is ``None``."""
+    found = compared.found
+    report = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "float_model": compared.names[0],
+        "quantised_model": compared.names[1],
+        "verification": _verified(found.verification),
+        "layers": [asdict(layer) for layer in found.layers],
+        "alone": list(found.alone),
+        "parts_first_at": None if found.first is None else found.first.node,
+        "seconds": dict(compared.seconds),
+        "notes": list(compared.notes),
+    }
+    finite: dict[str, Any] = _finite(report)
+    return finite
 
 
 def versions() -> dict[str, str]:

@@ -10,10 +10,10 @@ from onnx_attnround.check import Checked
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.graph import write_atomic
 from onnx_attnround.report import document, junit, markdown, page
-from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.report.result import Compared, Point, QuantizeResult
 
-Record = QuantizeResult | tuple[Point, ...] | Checked
-"""What is reported: a run, the points of a trade-off, or a check."""
+Record = QuantizeResult | tuple[Point, ...] | Checked | Compared
+"""What is reported: a run, the points of a trade-off, a check, or a comparison of two files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class Form:
     run: Callable[[QuantizeResult, str | None], str]
     points: Callable[[tuple[Point, ...], str | None], str]
     check: Callable[[Checked, str | None], str]
+    compared: Callable[[Compared, str | None], str]
 
 
 FORMS: Mapping[str, Form] = {
@@ -30,10 +31,23 @@ FORMS: Mapping[str, Form] = {
         run=lambda run, _: document.text(document.report_dict(run)),
         points=lambda points, _: document.text(document.points_dict(points)),
         check=lambda checked, _: document.text(document.check_dict(checked)),
+        compared=lambda compared, _: document.text(document.compared_dict(compared)),
     ),
-    ".html": Form(run=page.run_page, points=page.points_page, check=page.check_page),
-    ".md": Form(run=markdown.run, points=markdown.points, check=markdown.check),
-    ".xml": Form(run=junit.run, points=junit.points, check=junit.check),
+    ".html": Form(
+        run=page.run_page,
+        points=page.points_page,
+        check=page.check_page,
+        compared=page.compared_page,
+    ),
+    ".md": Form(
+        run=markdown.run,
+        points=markdown.points,
+        check=markdown.check,
+        compared=markdown.compared,
+    ),
+    ".xml": Form(
+        run=junit.run, points=junit.points, check=junit.check, compared=junit.compared
+    ),
 }
 ENDINGS = ", ".join(FORMS)
 
@@ -56,6 +70,8 @@ def write_report(path: Path, record: Record, command: str | None = None) -> None
         text = form.run(record, command)
     elif isinstance(record, tuple):
         text = form.points(record, command)
+    elif isinstance(record, Compared):
+        text = form.compared(record, command)
     else:
         text = form.check(record, command)
     write_atomic(path, text.encode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from onnx_attnround.check import Checked
-from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import title
 from onnx_attnround.verify import Verification, gates
 
@@ -52,6 +52,18 @@ def check(checked: Checked, command: str | None = None) -> str:
     ]
     whole = Case(name="not refused", failure=checked.verdict if checked.refused else None)
     return _text([_suite(f"check for {checked.target}", [whole, *cases], {}, 0.0)])
+
+
+def compared(found: Compared, command: str | None = None) -> str:
+    """A case that no output has collapsed, and one that no layer parts from the float model."""
+    verification, first = found.found.verification, found.found.first
+    parts = None if first is None else f"'{first.node}': {first.parts}; {first.mend}"
+    cases = [
+        Case(name="no output collapses", failure="; ".join(verification.collapsed) or None),
+        Case(name="no layer parts from the float model", failure=parts),
+    ]
+    name = " and ".join(found.names)
+    return _text([_suite(name, cases, _figures(verification), sum(found.seconds.values()))])
 
 
 def _cases(result: QuantizeResult) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from onnx_attnround.check import Checked
 from onnx_attnround.report import tables
 from onnx_attnround.report.layout import Rows
-from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import (
     bits_line,
     exactness_line,
@@ -17,7 +17,14 @@ from onnx_attnround.report.sentences import (
     release_line,
     title,
 )
-from onnx_attnround.report.summary import Verdict, basis, lead, verdict, verdict_of_all
+from onnx_attnround.report.summary import (
+    Verdict,
+    basis,
+    lead,
+    verdict,
+    verdict_of_all,
+    verdict_of_pair,
+)
 
 _MARKS = {"good": "✅", "bad": "❌", "": "⚪"}
 
@@ -25,7 +32,7 @@ _MARKS = {"good": "✅", "bad": "❌", "": "⚪"}
 def run(result: QuantizeResult, command: str | None = None) -> str:
     """A run: the verdict, the figures, the notes; the layers folded away."""
     found, plan = result.verification, result.plan
-    parts = [f"### {title(result)}", *_verdict(verdict(result)), _escaped(lead(result))]
+    parts = [f"### {title(result)}", *_verdict(verdict(result)), _escaped(lead(found))]
     if found is not None:
         parts.append(table(tables.comparison(found, elsewhere=plan.target.name != "ort")))
         parts.append(basis(found))
@@ -62,6 +69,20 @@ def check(checked: Checked, command: str | None = None) -> str:
     if checked.findings:
         parts.append(table(tables.findings(checked)))
     parts.append(_list([*fusion_lines(checked.fusion, {}), *exactness_line(checked)]))
+    return _joined(parts, command)
+
+
+def compared(found: Compared, command: str | None = None) -> str:
+    """A comparison of two files: where they part, the figures, the layers folded away."""
+    pair = found.found
+    parts = [
+        f"### {_escaped(found.names[1])} beside {_escaped(found.names[0])}",
+        *_verdict(verdict_of_pair(pair)),
+        table(tables.comparison(pair.verification, elsewhere=False)),
+        _list(found.notes),
+    ]
+    if pair.layers:
+        parts.append(_folded("Layers", table(tables.layer_pairs(pair))))
     return _joined(parts, command)
 
 

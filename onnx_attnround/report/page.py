@@ -26,7 +26,7 @@ from onnx_attnround.report.charts import (
     scatter,
 )
 from onnx_attnround.report.document import versions
-from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import (
     bits_line,
     exactness_line,
@@ -36,7 +36,17 @@ from onnx_attnround.report.sentences import (
     release_line,
     title,
 )
-from onnx_attnround.report.summary import Verdict, basis, lead, tiles, verdict, verdict_of_all
+from onnx_attnround.report.summary import (
+    Verdict,
+    basis,
+    lead,
+    measured_tiles,
+    tiles,
+    verdict,
+    verdict_of_all,
+    verdict_of_pair,
+)
+from onnx_attnround.verify import PairComparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +85,7 @@ def run_page(result: QuantizeResult, command: str | None = None) -> str:
         title=title(result),
         eyebrow=[f"for {plan.target.name}", f"{len(plan.layers)} layers"],
         verdict=verdict(result),
-        lead=lead(result),
+        lead=lead(found),
         tiles=tiles(result),
         basis=basis(found),
         notes=result.notes,
@@ -134,6 +144,47 @@ def check_page(checked: Checked, command: str | None = None) -> str:
         **_running(checked, {}, onnxruntime=True),
         command=command,
     )
+
+
+def compared_page(compared: Compared, command: str | None = None) -> str:
+    """A quantised file beside its float model: where they part first, and all layers."""
+    found = compared.found
+    return _render(
+        "compared.html",
+        title=compared.names[1],
+        other=compared.names[0],
+        verdict=verdict_of_pair(found),
+        lead=lead(found.verification),
+        tiles=measured_tiles(found.verification),
+        basis=basis(found.verification),
+        notes=compared.notes,
+        outputs=tables.outputs(found.verification),
+        errors=_pair_chart(found),
+        layers=[{"layer": each, **tables.pair_figures(each)} for each in found.layers],
+        first=found.first,
+        alone=found.alone,
+        command=command,
+        seconds=_seconds(compared.seconds),
+    )
+
+
+def _pair_chart(found: PairComparison) -> Chart | None:
+    """The error at each layer, and what it adds by itself."""
+    if not found.layers:
+        return None
+    series = [
+        Series(
+            label="in the file", style="line", values=[_finite(la.sqnr_db) for la in found.layers]
+        ),
+        Series(
+            label="explained by its width",
+            style="ring",
+            values=[_finite(la.expected_db) for la in found.layers],
+        ),
+        Series(label="its own", style="dot", values=[_finite(la.own_db) for la in found.layers]),
+    ]
+    drawn = [each for each in series if any(value is not None for value in each.values)]
+    return along([la.node for la in found.layers], drawn, "dB") if drawn else None
 
 
 def _mean(point: Point) -> str:

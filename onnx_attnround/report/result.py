@@ -15,7 +15,7 @@ from onnx_attnround.check import Checked
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import save
 from onnx_attnround.records import BitAllocation, BlockRounding, LayerRounding, QuantPlan
-from onnx_attnround.verify import Verification
+from onnx_attnround.verify import PairComparison, Verification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +116,34 @@ class QuantizeResult:
             if (worst := found.worst_output) is not None:
                 parts.append(f"SQNR {worst.sqnr_db:.2f} dB")
         return f"<QuantizeResult: {', '.join(parts)}>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Compared:
+    """A quantised file of any make beside its float model; ``names`` are those of the two."""
+
+    names: tuple[str, str]
+    found: PairComparison
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+    def summary(self, *, verbose: bool = False, width: int = 100) -> str:
+        """The lines that the command line prints; ``verbose`` adds a table of the layers."""
+        from onnx_attnround.report.console import compared_console
+        from onnx_attnround.report.layout import plain_text
+
+        return plain_text(compared_console(self, verbose=verbose), width)
+
+    def write_report(self, path: Path | str) -> None:
+        """Write the report in the form that the name asks for, as that of a run."""
+        from onnx_attnround.report.forms import write_report
+
+        write_report(Path(path), self)
+
+    def __repr__(self) -> str:
+        first = self.found.first
+        parts = "do not part" if first is None else f"part at {first.node}"
+        return f"<Compared: {' and '.join(self.names)} {parts}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

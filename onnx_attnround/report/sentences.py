@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.records import BitAllocation, QuantPlan
 from onnx_attnround.report.result import Point, QuantizeResult
+from onnx_attnround.verify import PairComparison
 
 FEW = 5
 """Names that are listed before the rest is counted."""
@@ -19,6 +20,24 @@ def title(result: QuantizeResult) -> str:
     if result.source is not None:
         return result.source.name
     return result.model.graph.name or "model in memory"
+
+
+def parting_lines(found: PairComparison) -> Iterable[str]:
+    """Where the two models part first, what is wrong there, and what helps; then where else."""
+    first = found.first
+    if first is None:
+        yield "no layer stands out: what one adds beyond the mean of all is explained by its width"
+        return
+    yield f"the two part first at '{first.node}': {first.parts}"
+    yield f"what helps there: {first.mend}"
+    yield from further_line(found)
+
+
+def further_line(found: PairComparison) -> Iterable[str]:
+    """Where the two models part behind the first place, if they do."""
+    more = [layer.node for layer in found.layers if layer.parts and layer is not found.first]
+    if more:
+        yield f"further on they part at {named(more)}"
 
 
 def bits_line(result: QuantizeResult) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from onnx_attnround.report.result import QuantizeResult
+from onnx_attnround.report.sentences import further_line, parting_lines
 from onnx_attnround.report.tables import decibels, size, times
 from onnx_attnround.verify import (
     Accuracy,
     Latency,
     OutputComparison,
+    PairComparison,
     Verification,
     gates,
     slice_name,
@@ -81,9 +83,27 @@ def verdict_of_all(results: Sequence[tuple[str, QuantizeResult]]) -> Verdict:
     return Verdict(tone=first.tone, word=first.word, detail=first.detail)
 
 
-def lead(result: QuantizeResult) -> str:
+def verdict_of_pair(found: PairComparison) -> Verdict:
+    """Whether a file parts from its float model somewhere."""
+    collapsed = found.verification.collapsed
+    if not found.layers:
+        return Verdict(
+            tone="bad" if collapsed else "",
+            word="No layer found in both",
+            reasons=collapsed,
+        )
+    if (first := found.first) is None:
+        word = "Of no use as it is" if collapsed else "They do not part"
+        (detail,) = parting_lines(found)
+        tone = "bad" if collapsed else "good"
+        return Verdict(tone=tone, word=word, detail=detail, reasons=collapsed)
+    told = [first.parts or "", f"what helps: {first.mend}", *further_line(found), *collapsed]
+    word = f"They part at {first.node}"
+    return Verdict(tone="bad" if collapsed else "", word=word, reasons=told)
+
+
+def lead(found: Verification | None) -> str:
     """Size, speed and quality in a sentence."""
-    found = result.verification
     if found is None:
         return ""
     smaller = times(found.float_bytes / found.quantised_bytes)
@@ -106,7 +126,7 @@ def basis(found: Verification | None) -> str:
 def tiles(result: QuantizeResult) -> tuple[Tile, ...]:
     """Size, speed, quality, bits, and what runs in integer."""
     found = result.verification
-    measured = () if found is None else _measured_tiles(found)
+    measured = () if found is None else measured_tiles(found)
     return (*measured, *_layer_tiles(result))
 
 
@@ -140,7 +160,8 @@ def _change(accuracy: Accuracy) -> str:
     return f"{points:+.2f} points" if points else "no change"
 
 
-def _measured_tiles(found: Verification) -> Iterator[Tile]:
+def measured_tiles(found: Verification) -> Iterator[Tile]:
+    """Size, speed and quality."""
     yield _size_tile(found)
     yield _speed_tile(found.latency)
     if found.accuracy is not None:

@@ -13,7 +13,9 @@ from onnx_attnround.verify import (
     Accuracy,
     Basis,
     Latency,
+    LayerPair,
     OutputComparison,
+    PairComparison,
     Verification,
     slice_name,
 )
@@ -55,6 +57,15 @@ def layers(result: QuantizeResult) -> Rows:
     return Rows(
         ("layer", "op", *(f">{name}" for name in numbers)),
         [_layer_cells(result, layer) for layer in result.plan.layers],
+    )
+
+
+def layer_pairs(found: PairComparison) -> Rows:
+    """A row for each layer that a file and its float model both have."""
+    numbers = ("bits", "SQNR", "inherited", "own", "expected", "input")
+    return Rows(
+        ("layer", *(f">{name}" for name in numbers), ""),
+        [_pair_cells(layer, layer is found.first) for layer in found.layers],
     )
 
 
@@ -194,6 +205,26 @@ def _point_cells(point: Point) -> list[str]:
     ]
 
 
+def _pair_cells(layer: LayerPair, first: bool) -> list[str]:
+    return [
+        layer.node,
+        "" if layer.bits is None else str(layer.bits),
+        *pair_figures(layer).values(),
+        "parts here first" if first else "parts" if layer.parts else "",
+    ]
+
+
+def pair_figures(layer: LayerPair) -> dict[str, str]:
+    """The figures of a layer that two models have, as text."""
+    added = {"own": layer.own_db, "expected": layer.expected_db}
+    kept = {"sqnr": layer.sqnr_db, "inherited": layer.inherited_db, "input": layer.input_db}
+    told = {
+        name: "" if value is None else "none" if value == math.inf else short_decibels(value)
+        for name, value in added.items()
+    } | {name: "" if value is None else short_decibels(value) for name, value in kept.items()}
+    return {name: told[name] for name in ("sqnr", "inherited", "own", "expected", "input")}
+
+
 def _summary_cells(output: OutputComparison) -> list[str]:
     worst, lost = output.worst_slice, output.lost_extreme
     remarks = []
@@ -217,6 +248,11 @@ def decibels(sqnr: float, error: float | None = None) -> str:
     """An SQNR for people, with its standard ``error``."""
     uncertain = "" if error is None else f" ± {error:.2f}"
     return f"{sqnr:.2f}{uncertain} dB" if math.isfinite(sqnr) else "exact"
+
+
+def short_decibels(sqnr: float) -> str:
+    """An SQNR in a row of many."""
+    return f"{sqnr:.1f} dB" if math.isfinite(sqnr) else "exact" if sqnr > 0 else "nothing left"
 
 
 def size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Steps that folds share: to read and replace constants, and to take out a node."""
+"""What folds share: constants that they read and replace, a node that they do away with."""
 
 from __future__ import annotations
 

@@ -20,7 +20,16 @@ from onnx_attnround.verify.compare import (
     compare_outputs,
 )
 from onnx_attnround.verify.gates import REMEDY, Gate, check_gates, gates, missed_gates
-from onnx_attnround.verify.results import Accuracy, Basis, Latency, OutputComparison, Verification
+from onnx_attnround.verify.parting import compare_layer_pairs
+from onnx_attnround.verify.results import (
+    Accuracy,
+    Basis,
+    Latency,
+    LayerPair,
+    OutputComparison,
+    PairComparison,
+    Verification,
+)
 from onnx_attnround.verify.runs import BATCH, Step
 from onnx_attnround.verify.shared import open_comparison
 from onnx_attnround.verify.speed import measure_speed, serialised_bytes, slower_note
@@ -31,10 +40,13 @@ __all__ = [
     "Basis",
     "Gate",
     "Latency",
+    "LayerPair",
     "OutputComparison",
+    "PairComparison",
     "Verification",
     "check_gates",
     "check_labels",
+    "compare_layer_pairs",
     "gates",
     "missed_gates",
     "output_sqnr",

@@ -23,7 +23,7 @@ Metric = Callable[[Mapping[str, Array], Array | None], float]
 """From the outputs over all samples by name, ``[samples, ...]`` each, and labels to a number."""
 
 MAY_LOSE = 0.01
-"""The share of its value for the float model that a metric without a bound may lose."""
+"""What a metric without a bound may lose, as a share of its value for the float model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

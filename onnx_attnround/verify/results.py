@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+Matched = Literal["name", "weights", "order"]
+"""How a layer of a quantised file was found in the float model."""
+
 Basis = Literal["evaluation", "held out", "calibration"]
 """The samples that figures are measured on.
 
@@ -174,3 +177,47 @@ class Verification:
         """The float output of the lowest SQNR; ``None`` if no output is float."""
         scored = [output for output in self.outputs if output.sqnr_db is not None]
         return min(scored, key=lambda output: output.sqnr_db or 0.0, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPair:
+    """A layer of a quantised file beside the same one of the float model.
+
+    All figures are signal over error in dB, ``inf`` without any error. ``sqnr_db`` is that of the
+    layer's output in the two models, ``inherited_db`` what would be left of it if only what it
+    reads were off, ``own_db`` if only what the layer adds to that were; ``expected_db`` is what
+    rounding its weights to nearest would add. ``input_db`` is what the codes of its input make
+    of the float model's values, ``None`` where it is float or has a range of each run.
+    ``parts`` says what is wrong, if the two part here beyond what surroundings and widths
+    explain, and ``mend`` what helps.
+    """
+
+    node: str
+    float_node: str
+    matched: Matched
+    bits: int | None
+    sqnr_db: float
+    inherited_db: float
+    own_db: float
+    expected_db: float | None
+    input_db: float | None
+    parts: str | None = None
+    mend: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairComparison:
+    """A float model and a quantised file of any make: as wholes, and layer by layer.
+
+    ``layers`` are in the order of the file. ``alone`` names layers of either that have no
+    partner, or whose values have another shape there.
+    """
+
+    verification: Verification
+    layers: tuple[LayerPair, ...]
+    alone: tuple[str, ...]
+
+    @property
+    def first(self) -> LayerPair | None:
+        """The first layer where the two part beyond what its surroundings explain."""
+        return next((layer for layer in self.layers if layer.parts), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -16,8 +16,9 @@ Outputs = Mapping[str, Any]
 Run = Callable[[Feed], dict[str, Any]]
 Runs = tuple[Run, Run]
 Models = tuple[ir.Model, ir.Model]
+Kind = Literal["float", "quantised"]
 Step = Callable[[str, int], None]
-"""A function that is told of progress: what was run, and on how many samples."""
+"""Told of progress: what was run, on how many samples."""
 
 BATCH = 16
 
@@ -27,10 +28,13 @@ def open_pair(models: Models, threads: int | None) -> Runs:
 
     Raises ``ModelError`` or ``OutputError`` for a model that does not load.
     """
-    return (
-        _open(models[0], "float", ModelError, threads=threads),
-        _open(models[1], "quantised", OutputError, threads=threads),
-    )
+    return open_one(models[0], "float", threads), open_one(models[1], "quantised", threads)
+
+
+def open_one(model: ir.Model, kind: Kind, threads: int | None) -> Run:
+    """A run of one of the two; raises as :func:`open_pair`."""
+    error = ModelError if kind == "float" else OutputError
+    return _open(model, kind, error, threads=threads)
 
 
 def run_both(runs: Runs, feed: Feed) -> tuple[Outputs, Outputs]:
@@ -49,7 +53,7 @@ def sample_count(feed: Feed) -> int:
     return next((len(value) for value in feed.values() if value.ndim), 1)
 
 
-def _open(model: ir.Model, kind: str, error: type[AttnRoundError], **options: Any) -> Run:
+def _open(model: ir.Model, kind: Kind, error: type[AttnRoundError], **options: Any) -> Run:
     """A function from feeds to outputs by name, whose failures are worded as ``error``."""
     remedy = "; `exclude` that node, or the layers around it" if error is OutputError else ""
     try:

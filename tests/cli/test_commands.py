@@ -65,6 +65,22 @@ def test_without_a_command_the_options_tell_it(older: str, command: str) -> None
     assert with_command(older.split()) == command.split()
 
 
+def test_two_files_are_compared(
+    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    float_model, samples = str(models_dir / "digits_resnet.onnx"), models_dir / "digits_eval.npz"
+    page, given = tmp_path / "page.html", ["--eval", str(samples), "--quiet"]
+    assert main(["compare", float_model, float_model, *given, "--report", str(page)]) == 0
+    assert capsys.readouterr().out == ""
+    told = page.read_text(encoding="utf-8")
+    assert "They do not part" in told and "onnx-attnround compare" in told
+    assert main(["--compare", float_model, float_model, "--eval", str(samples)]) == 0
+    assert "no layer stands out" in capsys.readouterr().out
+    for less, message in ((2, "QUANTISED is missing"), (3, "there are no samples to compare on")):
+        assert main(["compare", float_model, float_model][:less]) != 0
+        assert message in capsys.readouterr().err
+
+
 def test_a_command_with_a_slip_is_no_model(folder: Path) -> None:
     for slip, meant in (("quantise", "quantize"), ("insepct", "inspect")):
         with pytest.raises(ConfigError, match=f"unknown command '{slip}': did you mean {meant}?"):
