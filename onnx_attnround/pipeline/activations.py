@@ -16,6 +16,7 @@ from onnx_attnround.context import Run
 from onnx_attnround.pipeline.notes import dynamic_note
 from onnx_attnround.plan import make_plan
 from onnx_attnround.plan.dynamic import can_be_dynamic, with_dynamic
+from onnx_attnround.plan.products import as_products
 from onnx_attnround.plan.split_inputs import part_floats, part_layers
 from onnx_attnround.records import Event, QuantParams, QuantPlan
 from onnx_attnround.samples import Samples
@@ -26,7 +27,7 @@ def plan_parted(
 ) -> tuple[ir.Model, QuantPlan]:
     """The plan, and the model that it is for, whose layers may read tensors of their own."""
     plan = make_plan(model, config, quantise_activations=quantise_activations)
-    for part in (part_layers, part_floats):
+    for part in (as_products, part_layers, part_floats):
         parted = part(model, plan, config)
         if parted is not model:
             model, plan = parted, make_plan(parted, config, quantise_activations=True)

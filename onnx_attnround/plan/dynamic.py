@@ -51,7 +51,7 @@ def can_be_dynamic(model: ir.Model, plan: QuantPlan) -> tuple[str, ...]:
             return False
         readers = [layers.get(name_of(node)) for node in value.consumers()]
         products = all(layer is not None and layer.op_type == "MatMul" for layer in readers)
-        return products and bool(readers) and _is_made_in_float(value, plan)
+        return products and bool(readers) and is_made_in_float(value, plan)
 
     return tuple(name for name, spec in plan.activations.items() if fits(name, spec))
 
@@ -65,7 +65,7 @@ def with_dynamic(plan: QuantPlan, names: Collection[str]) -> QuantPlan:
     return replace(plan, activations=activations)
 
 
-def _is_made_in_float(value: ir.Value, plan: QuantPlan) -> bool:
+def is_made_in_float(value: ir.Value, plan: QuantPlan) -> bool:
     """Whether no integer kernel writes the codes of ``value``."""
     node, target = value.producer(), plan.target
     if node is None or node.op_type in target.float_output:
@@ -74,6 +74,6 @@ def _is_made_in_float(value: ir.Value, plan: QuantPlan) -> bool:
         return False
     sources = [v for v in node.inputs if v is not None and v.const_value is None]
     if node.op_type in target.absorbed and sources[0].name not in plan.activations:
-        return _is_made_in_float(sources[0], plan)
+        return is_made_in_float(sources[0], plan)
     in_integer = node.op_type in target.arithmetic | target.movement
     return not (in_integer and all(v.name in plan.activations for v in sources))

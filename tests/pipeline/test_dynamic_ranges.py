@@ -116,7 +116,10 @@ def test_rounding_sees_what_the_file_computes(result: QuantizeResult) -> None:
     assert result.roundings[layer.node].mse_final == pytest.approx(error, rel=0.02)
 
 
-@pytest.mark.parametrize("settings", [{"weight_bits": 4}, {"reconstruct": "block"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"weight_bits": 4}, pytest.param({"reconstruct": "block"}, marks=pytest.mark.slow)],
+)
 def test_few_bits_and_blocks(settings: dict[str, object]) -> None:
     config = QuantConfig.parse({**SETTINGS, **settings})
     result = quantize(build(ENCODER), uneven(48), config)
