@@ -2,7 +2,7 @@
 
 ONNX Runtime has an integer MatMul with a float output, for codes whose range is found in each
 run; its integer Conv has neither. So a Conv between float nodes becomes the product of its
-patches, side by side in a tensor of their own, and a matrix. That takes some two times as long
+patches, side by side in a tensor of their own, and a matrix. That takes up to two times as long
 as an integer Conv, and a fraction of a float one (docs/experiments.md).
 """
 

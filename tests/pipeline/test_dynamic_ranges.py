@@ -122,7 +122,7 @@ def test_rounding_sees_what_the_file_computes(result: QuantizeResult) -> None:
 )
 def test_few_bits_and_blocks(settings: dict[str, object]) -> None:
     config = QuantConfig.parse({**SETTINGS, **settings})
-    result = quantize(build(ENCODER), uneven(48), config)
+    result = quantize(build(ENCODER), uneven(8), config)
     assert len(result.checked.fusion.integer) == 4
     assert result.verification is not None
     assert result.verification.outputs[0].sqnr_db > 15.0
