@@ -1,4 +1,4 @@
-"""What goes along through the steps of a run, and the loop that goes on where one was cut off."""
+"""A run, which its steps pass on, and the loop that goes on where an earlier run was cut off."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TINY = 1e-30
-"""What stands for a power, or a range, of zero where one divides by it or takes its logarithm.
+"""The least divisor, and argument of a logarithm, where a power or a range may be zero.
 
 A normal float32, as is its inverse; float32 activations of any use have larger powers.
 """

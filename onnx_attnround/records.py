@@ -127,7 +127,7 @@ def readers_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QuantPlan:
-    """What is quantised, how, and for all else the reason why not.
+    """The plan: what is quantised and how, and for all else the reason why not.
 
     ``activations`` maps each tensor that gets Q/DQ to its spec; ``same_range``
     maps a tensor to the one whose scale and zero point it must share (data
@@ -278,4 +278,4 @@ class Event:
 
 
 OnEvent = Callable[[Event], None]
-"""What is told of progress: called with each event."""
+"""A function that is called with each event."""

@@ -24,7 +24,7 @@ from onnx_attnround.records import Array, LayerPlan, QuantParams, QuantPlan
 from onnx_attnround.samples import Samples
 
 WORTH = 0.8
-"""Of the error, what may remain: less of a gain may be the samples' own."""
+"""The share of the error that may remain; a smaller gain may be chance."""
 LEAST_OUTPUTS = 128
 """Products that each element must serve, beside which the search for its range is short."""
 MOST_OUTPUTS = 256

@@ -46,7 +46,7 @@ class FloatStem:
 
     @property
     def note(self) -> str:
-        """What was done and what it gained, in a sentence."""
+        """A sentence on the tensors that stay float, and on what that gains."""
         first, last = self.tensors[0], self.tensors[-1]
         return (
             f"the first {len(self.tensors)} activations, '{first}' to '{last}', stay float: "

@@ -145,7 +145,7 @@ def _rounded(view: View) -> Iterator[ir.Model]:
 
 
 def _some_roundings(scale: Array, rng: np.random.Generator) -> Array:
-    """None is lost: in 16 bits, a change is of one step or two."""
+    """The scales changed by some roundings of float32, in 16 bits by one step or two."""
     step = max(ROUNDING, float(np.finfo(scale.dtype).eps))
     change = step * rng.uniform(1, 2, scale.shape) * rng.choice((-1, 1), scale.shape)
     return np.asarray(scale * (1 + change), scale.dtype)

@@ -156,7 +156,7 @@ def _seen_by_openvino(view: View) -> tuple[str, dict[str, str]]:
 
 
 def _origins(layer: Layer) -> set[str]:
-    """What OpenVINO may call a node: by its name, or by its output if that ends the graph.
+    """The names that OpenVINO may give a node: its own, or its output's if that ends the graph.
 
     Behind a scale per channel, which the kernel applies, all that is left may be its name.
     """

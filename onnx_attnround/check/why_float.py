@@ -14,7 +14,7 @@ Reason = Callable[[View, Layer], str | None]
 
 
 def reason(view: View, layer: Layer) -> str | None:
-    """Why ``layer`` computes in float, ``None`` if nothing known speaks against integer."""
+    """The reason why ``layer`` computes in float; ``None`` where none is known."""
     found = (why(view, layer) for why in REASONS[view.target.runtime])
     return next((text for text in found if text is not None), None)
 
@@ -36,7 +36,7 @@ def _wide_activations(view: View, layer: Layer) -> str | None:
 
 
 def _weight_type(view: View, layer: Layer) -> str | None:
-    """What the DQ unpacks must have 8 bits; a Cast before it is folded."""
+    """The codes that a DQ unpacks must have 8 bits; a Cast before it is folded."""
     codes = "" if layer.weight is None else layer.weight.codes.name
     if codes in ("INT8", "UINT8"):
         return None

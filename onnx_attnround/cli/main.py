@@ -97,7 +97,7 @@ def _signals_raise() -> Iterator[None]:
 
 
 def _handlers() -> dict[signal.Signals, Any]:
-    """What handles the signals that end a process, where this thread may set that."""
+    """The handlers of the signals that end a process, where this thread may set them."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     present = signal.Signals.__members__  # Windows has no SIGHUP

@@ -18,7 +18,7 @@ Noted = ir.Model | ir.Graph | ir.Node | ir.Value
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
-    """What must be fed to the model; inputs that have a default value are left out.
+    """The inputs that must be fed to the model; those with a default value are left out.
 
     Raises:
         ModelError: an input is no tensor, is of a type that NumPy does not have, or its
@@ -180,7 +180,7 @@ def is_read_once(value: ir.Value) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong at the bottom of a chain of errors, in one line."""
+    """The last cause in a chain of errors, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__

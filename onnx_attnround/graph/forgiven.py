@@ -126,7 +126,7 @@ def _put_in_order(graph: onnx.GraphProto) -> bool:
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What the node reads, and what the nodes in its subgraphs do."""
+    """The names that the node and the nodes in its subgraphs read."""
     yield from node.input
     for graph in _subgraphs([node]):
         for inner in graph.node:
@@ -164,7 +164,7 @@ def _namer(nodes: Nodes) -> Callable[[str], str]:
 
 
 def _by_instance(norm: onnx.NodeProto, fresh: Callable[[str], str]) -> Nodes:
-    """What normalises groups of channels: they are the channels of a Reshape."""
+    """The nodes that normalise groups of channels, made the channels of a Reshape."""
     make, y = onnx.helper.make_node, norm.output[0]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in norm.attribute}
     split, shape, groups, normal = (fresh(f"{y}_{n}") for n in ("split", "shape", "in", "out"))

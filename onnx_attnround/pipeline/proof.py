@@ -18,7 +18,7 @@ CHECKED_SAMPLES = 4
 
 
 def checked_output(model: ir.Model, plan: QuantPlan, samples: Samples | None) -> Checked:
-    """What the target's rules say of the output; raises ``OutputError`` if it is refused."""
+    """The output held against its target's rules; raises ``OutputError`` if it is refused."""
     feed = None if samples is None else next(samples.batches(CHECKED_SAMPLES))
     checked = check(model, plan.target, feed)
     if checked.refused:
@@ -28,7 +28,7 @@ def checked_output(model: ir.Model, plan: QuantPlan, samples: Samples | None) ->
 
 
 def _advice(node: str, plan: QuantPlan) -> str:
-    """What helps where a finding names ``node``, which may be one that the writer added."""
+    """A remedy for a finding on ``node``, which may be one that the writer added."""
     other = "choose another `target`"
     tensor = node.removesuffix("/quantize").removesuffix("/dequantize")
     if plan.target.placement == "everything" and node not in {one.node for one in plan.layers}:

@@ -65,7 +65,7 @@ _INTEGER_OPS = frozenset(
 
 
 def _unhandled(node: ir.Node) -> str | None:
-    """Why a node that is none of the weighted ops keeps its weights, if it has any."""
+    """The reason why a node that is none of the weighted ops keeps its weights, if it has any."""
     if node.op_type in _INTEGER_OPS:
         return _QUANTISED
     if is_standard(node) and node.op_type not in _LISTED_OPS:

@@ -44,13 +44,13 @@ class NodeChoice:
 
     @classmethod
     def of(cls, model: ir.Model, config: QuantConfig) -> NodeChoice:
-        """What the patterns of ``config`` choose among the nodes of ``model``."""
+        """The nodes of ``model`` that the patterns of ``config`` choose."""
         names = node_names(model)
         included = frozenset(chosen(config.include, names)) if config.include else None
         return cls(included, frozenset(chosen(config.exclude, names)))
 
     def refusal(self, name: str) -> str | None:
-        """Why the node of that name is left out, if it is."""
+        """The reason why the node of that name is left out, if it is."""
         if self.included is not None and name not in self.included:
             return "not matched by include"
         return "matched by exclude" if name in self.excluded else None

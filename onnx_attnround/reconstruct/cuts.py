@@ -57,7 +57,7 @@ class Ties:
     def of(
         cls, taken: Mapping[str, str], pieces: Sequence[Piece], ends: Collection[str] = ()
     ) -> Ties:
-        """Those of a model whose inputs ``taken`` stand for values that ``pieces`` lend."""
+        """The ties of a model whose inputs ``taken`` stand for values that ``pieces`` lend."""
         lent = {name: k for k, piece in enumerate(pieces) for name in piece.lends}
         given = {name: lent[source] for name, source in taken.items() if source in lent}
         return cls(ends=ends, given=given)

@@ -233,7 +233,7 @@ class _Readers:
         return result if alone or not moments.finite else follow(layer, moments, result)
 
     def _moments(self, layer: OpenLayer, batches: Batches, readers: int = 1) -> Moments:
-        """What the layer is rounded on, from fewer rows if others of its ``readers`` add theirs."""
+        """The moments that the layer is rounded on, of fewer rows where ``readers`` add theirs."""
         group, params = self._groups[layer.plan.node], self._params
         own_bias = len(group) == 1 or not one_bias(self._model, group, params)
         count = self._samples.count * readers
@@ -302,7 +302,7 @@ def torch_threads(layer: OpenLayer, limit: int | None) -> AbstractContextManager
 
 @contextmanager
 def threads_limited(limit: int | None) -> Iterator[None]:
-    """At most ``limit`` threads of torch; as many as usual if it is ``None``."""
+    """While open, torch has at most ``limit`` threads; as many as usual if it is ``None``."""
     usual = torch.get_num_threads()
     torch.set_num_threads(limit or usual)
     try:

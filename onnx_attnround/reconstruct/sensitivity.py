@@ -1,4 +1,4 @@
-"""What each width of each layer costs the model: the errors that the allocator ``gram`` weighs.
+"""The cost of each width of each layer to the model, which the allocator ``gram`` weighs.
 
 The walk over the float model gives each layer's moments, and with them the error
 ``N(b)`` of rounding to nearest with ``b`` bits, relative to the variance of the

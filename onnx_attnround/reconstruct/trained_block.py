@@ -116,7 +116,7 @@ class QuantisedBlock:
         return fake_quantise(value, step, low, high)
 
     def roundings(self) -> dict[str, LayerRounding]:
-        """What the layers have become, by node name."""
+        """The roundings that the layers have now, by node name."""
         return {layer.plan.node: layer.rounding() for layer in self._layers}
 
     def steps(self) -> dict[str, QuantParams]:

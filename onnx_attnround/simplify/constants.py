@@ -1,4 +1,4 @@
-"""What folds share: constants that they read and replace, a node that they do away with."""
+"""Steps that folds share: to read and replace constants, and to take out a node."""
 
 from __future__ import annotations
 

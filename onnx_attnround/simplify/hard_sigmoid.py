@@ -91,7 +91,7 @@ def _gate(last: ir.Node) -> tuple[ir.Value, float, float] | None:
 
 
 def _bounded(last: ir.Node) -> tuple[ir.Value | None, float, float]:
-    """What is bounded, by what: by a Clip, or by Min of Max or of Relu, or the other way."""
+    """The value that is bounded, and its bounds: by Clip, by Min of Max or Relu, or Max of Min."""
     if not is_standard(last):
         return None, math.nan, math.nan
     if last.op_type in ("Clip", "Relu"):
@@ -142,7 +142,7 @@ def _divides(node: ir.Node, height: float, value: ir.Value) -> bool:
 
 
 def _take_out(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Who read the output of ``node`` reads ``value``; outputs of the graph keep their names."""
+    """Let readers of the output of ``node`` read ``value``; outputs of the graph keep names."""
     old = node.outputs[0]
     if old.is_graph_output():
         value.name, old.name = old.name, f"{old.name}/divided"

@@ -73,7 +73,7 @@ def lift_constants(model: ir.Model) -> int:
 
 
 def drop_identities(model: ir.Model) -> int:
-    """Whoever reads ``y = Identity(x)`` reads ``x``, unless ``y`` is the output of a graph.
+    """Let readers of ``y = Identity(x)`` read ``x``, unless ``y`` is the output of a graph.
 
     (The pass of onnx-ir also takes away identities that make a value of the
     outer graph the output of a branch, which leaves an invalid model.)

@@ -13,8 +13,6 @@ from onnx_attnround.ops import matrix_shape
 from onnx_attnround.records import Array, LayerPlan, QuantPlan, QuantSpec, readers_of
 from onnx_attnround.smooth.division import CannotDivideError, Edit, divide
 
-_AXES = {"MatMul": -1, "Gemm": -1, "Conv": 1, "ConvTranspose": 1}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -54,7 +52,7 @@ def find_groups(model: ir.Model, plan: QuantPlan) -> list[Group]:
 
 
 def _group(value: ir.Value, layers: Sequence[LayerPlan], plan: QuantPlan) -> Group | None:
-    axes = {_AXES[layer.op_type] for layer in layers}
+    axes = {-1 if layer.is_matrix else 1 for layer in layers}
     channels = {channels_of(layer) for layer in layers}
     turned = any(layer.attributes.get("transA", 0) for layer in layers)
     if len(axes) > 1 or len(channels) > 1 or channels == {1} or turned:

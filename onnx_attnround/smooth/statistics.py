@@ -21,7 +21,7 @@ MOST_ROWS = 256
 
 
 class Statistics:
-    """Of one group and per fold: the ends and the mean square of each channel, and some rows."""
+    """The ends and the mean square of each channel of a group, and some rows, per fold."""
 
     def __init__(self, group: Group, samples: int) -> None:
         """``samples`` is how many there will be in all."""
@@ -82,7 +82,7 @@ class Statistics:
         return peak
 
     def root_mean_square(self, folds: Sequence[int]) -> Array:
-        """Of each channel, over ``folds``."""
+        """The root mean square of each channel, over ``folds``."""
         chosen = list(folds)
         squares = self._squares[chosen].sum(0) / max(self._counts[chosen].sum(), 1)
         root: Array = np.sqrt(squares).astype(np.float32)

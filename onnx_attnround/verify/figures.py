@@ -23,7 +23,7 @@ Metric = Callable[[Mapping[str, Array], Array | None], float]
 """From the outputs over all samples by name, ``[samples, ...]`` each, and labels to a number."""
 
 MAY_LOSE = 0.01
-"""What a metric without a bound may lose, as a share of its value for the float model."""
+"""The share of its value for the float model that a metric without a bound may lose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ Runs = tuple[Run, Run]
 Models = tuple[ir.Model, ir.Model]
 Kind = Literal["float", "quantised"]
 Step = Callable[[str, int], None]
-"""Told of progress: what was run, on how many samples."""
+"""A function that is told of progress: what was run, and on how many samples."""
 
 BATCH = 16
 

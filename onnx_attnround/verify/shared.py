@@ -39,7 +39,7 @@ _CONTROL = frozenset({"If", "Loop", "Scan"})
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """What runs both models on a feed, and what has to be said of some outputs.
+    """How both models are run on a feed, and the outputs of which something has to be said.
 
     Those ``on_shared_choices`` are what the quantised model makes of the choices and draws of the
     float model, those ``apart`` are left out, and become more where shapes turn out to
@@ -99,7 +99,7 @@ def _by_label(outputs: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def open_shared(models: Models, names: Sequence[str], threads: int | None) -> Pair:
-    """What runs both models up to the values ``names``, on what the float model chooses.
+    """A function that runs both models up to the values ``names``, on the float model's choices.
 
     Those that still have other shapes are left out, if there was anything to choose.
     """
@@ -147,7 +147,7 @@ def _parted(models: Models, names: Collection[str]) -> tuple[dict[str, str], dic
 class _Rows:
     """Follows choices through a graph: what is ``picked`` by them, and what is ``moved`` with it.
 
-    Both by the node that chooses. What ``closed`` ones make is not known but as a whole.
+    Both by the node that chooses. Of ``closed`` nodes only the outputs as a whole are known.
     """
 
     def __init__(self, names: Collection[str]) -> None:

@@ -83,7 +83,7 @@ class Details:
 
     @property
     def correlation(self) -> float | None:
-        """Of all values with those of the float model; ``None`` where these are all the same."""
+        """The correlation of all values with the float model's; ``None`` where these are equal."""
         found = float(self.whole.correlation[0])
         return None if np.isnan(found) else found
 
@@ -186,7 +186,7 @@ class Along:
 
     @property
     def correlation(self) -> Array:
-        """Of what is got with what is expected, ``[length]``; NaN where the latter is constant."""
+        """The correlation with the values expected, ``[length]``; NaN where these are constant."""
         count = max(self.count, 1)
         x, e, xx, ee, xe = self.sums
         signal, noise, common = xx - x * x / count, ee - e * e / count, xe - x * e / count
@@ -198,7 +198,7 @@ class Along:
 
     @property
     def reach(self) -> tuple[Array, Array]:
-        """How far the extreme lies from the mean of what is expected, and the share kept.
+        """The distance of the expected extreme from the mean, and the share of it that is kept.
 
         Each ``[length]``; of the two extremes the one that lies farther away.
         """
@@ -243,7 +243,7 @@ class Moving:
         self._high, self._low = np.maximum(self._high, high), np.minimum(self._low, low)
 
     def frozen(self, least: float) -> float | None:
-        """Of the elements that vary by more than ``least``, the share that got one value only."""
+        """The share of elements that vary by more than ``least``, but in one model alone."""
         varying = self._high - self._low > least
         if not varying.any():
             return None
