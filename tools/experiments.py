@@ -22,11 +22,12 @@ from sklearn.cluster import KMeans
 
 from onnx_attnround import QuantConfig, graph, quantize
 from onnx_attnround.context import Run
-from onnx_attnround.pipeline import QuantizeResult, finish, prepare
+from onnx_attnround.pipeline import finish, prepare
 from onnx_attnround.pipeline.prepared import Loaded, Prepared
 from onnx_attnround.plan import bits as allocation
 from onnx_attnround.reconstruct import sensitivity
 from onnx_attnround.records import LayerErrors, LayerPlan
+from onnx_attnround.report.result import QuantizeResult
 from onnx_attnround.rounding import methods
 from onnx_attnround.rounding.methods import attention_codes, descend
 from onnx_attnround.rounding.objective import Objective, refit_scale
@@ -215,7 +216,7 @@ def _most_to_gain(prepared: Prepared, config: QuantConfig) -> float:
 def _without_reach(prepared: Prepared, config: QuantConfig) -> LayerErrors | None:
     """Errors of the layers' own outputs, as if all reached the model's alike."""
     reach, probe = sensitivity._Probe.error, sensitivity._Probe
-    probe.error = lambda self, layer, rounding: methods.mse_final  # type: ignore[method-assign]
+    probe.error = lambda self, layer, rounding: rounding.mse_final  # type: ignore[method-assign]
     samples = prepared.given.samples
     if samples is None:
         raise SystemExit("no samples: nothing to measure")
