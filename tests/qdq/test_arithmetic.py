@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from onnx_attnround.numerics import TINY
 from onnx_attnround.qdq.arithmetic import (
-    NOTHING,
     channel_view,
     code_dtype,
     dequantize,
@@ -153,7 +153,7 @@ def test_range_is_covered_and_zero_exact(spec: QuantSpec, one: float, other: flo
     assert (spec.qmax - point) * scale >= max(hi, 0) - half
     if spec.symmetric:
         assert point == (0 if spec.signed else 2 ** (spec.bits - 1))
-    elif (width := max(hi, 0) - min(lo, 0)) >= NOTHING:
+    elif (width := max(hi, 0) - min(lo, 0)) >= TINY:
         assert scale == pytest.approx(width / (spec.qmax - spec.qmin), rel=1e-6)
 
 
