@@ -176,6 +176,7 @@ class Entropy(Histogram):
     """
 
     CANDIDATES = 128
+    """The ranges that are tried."""
 
     def range(self, spec: QuantSpec) -> Range:
         """The range of least divergence; the full one where the grid is finer than the bins."""
@@ -208,7 +209,9 @@ class MeanSquare(Histogram):
     """
 
     SHARES = np.geomspace(1.0, 2.0**-9, 56)
+    """The shares of the full range that are tried: a search of its own follows around the best."""
     SWEEPS = 2
+    """How often each end is searched for while the other stays."""
 
     def range(self, spec: QuantSpec) -> Range:
         """The range of least error; never worse on the histogram than the extrema."""

@@ -29,8 +29,10 @@ INTEGER_OPS = frozenset({
 UNPACKING_OP = "MatMulNBits"
 """The operator of ONNX Runtime that unpacks low-bit weights while it multiplies."""
 
-_RENAMED = r"(/MatMulAddFusion|_token_\d+)+$"  # what optimisers add to the name of a node
-_UNWRITTEN = "Protobuf serialization failed"  # in the words of ONNX Runtime
+_RENAMED = r"(/MatMulAddFusion|_token_\d+)+$"
+"""The endings that optimisers add to the name of a node."""
+_UNWRITTEN = "Protobuf serialization failed"
+"""The words of ONNX Runtime for an optimised model that it cannot write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ from onnx_attnround.runtime.session import first_line
 
 _KERNELS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _INTEGER = ("i8", "u8")
-_FOUR_BITS = ("i4", "u4")  # of weights, under float inputs
+_FOUR_BITS = ("i4", "u4")
+"""The types of weights under float inputs that a kernel unpacks."""
 
 
 def available() -> bool:

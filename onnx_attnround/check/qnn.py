@@ -21,7 +21,8 @@ _ACTIVATIONS = {"UINT8": 8, "UINT16": 16}
 _WEIGHTS = {"INT4", "INT8", "INT16"}
 _LEAST_RANGE = 1e-4
 _PER_TENSOR = frozenset({"Gemm", "MatMul"})
-_FULL_RANGE = {"Sigmoid": 1.0, "Tanh": 2.0}  # width of what the op can return
+_FULL_RANGE = {"Sigmoid": 1.0, "Tanh": 2.0}
+"""The width of the range that each op can return."""
 
 
 def tensor_without_range(view: View) -> Findings:

@@ -28,8 +28,10 @@ from onnx_attnround.cli.run import run
 from onnx_attnround.cli.wording import worded
 from onnx_attnround.errors import AttnRoundError, ConfigError
 
-SIGNALLED = 128  # plus the signal's number, as shells have it
-GRACE = 1.0  # seconds in which a signal that is sent again does not disturb the cleaning up
+SIGNALLED = 128
+"""The exit code of a process that a signal ended, less the signal's number, as shells have it."""
+GRACE = 1.0
+"""The seconds in which the same signal, sent again, does not disturb the cleaning up."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

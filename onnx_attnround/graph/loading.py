@@ -14,7 +14,8 @@ from onnx_attnround.graph.constants import FileTensor, constants
 from onnx_attnround.graph.editing import name_nodes, reason
 from onnx_attnround.graph.forgiven import is_external, presentable, put_right, tensors
 
-_ORT_FORMAT = b"ORTM"  # in bytes 4 to 8 of a FlatBuffer stands what it is
+_ORT_FORMAT = b"ORTM"
+"""The identifier of ONNX Runtime's own format, in bytes 4 to 8 of a FlatBuffer."""
 
 
 def load(path: Path) -> ir.Model:

@@ -15,7 +15,8 @@ from onnx_attnround.graph.editing import (
     through_proto,
 )
 
-_RESIZE_COORDINATES = 11  # the opset that gave Resize its coordinate modes
+_RESIZE_COORDINATES = 11
+"""The opset that gave Resize its coordinate modes."""
 
 
 def raise_opset(model: ir.Model, version: int) -> ir.Model:

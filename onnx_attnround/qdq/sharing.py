@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from onnx_attnround.records import QuantPlan
 
-_LISTED = 5  # names in a note
+_LISTED = 5
+"""The names that a note tells at most."""
 _UNPACKING = frozenset({"DequantizeLinear", "Cast", "Mul"})
 
 

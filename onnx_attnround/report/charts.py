@@ -16,8 +16,10 @@ from onnx_attnround.records import Array
 
 BINS = 64
 """Bars of a histogram, at most."""
-_TICKS = 4  # between the ends of an axis, about
-_HEADROOM = 0.04  # of the height, above and below the marks
+_TICKS = 4
+"""About how many ticks an axis has between its ends."""
+_HEADROOM = 0.04
+"""The share of the height that is left free above and below the marks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ from onnx_attnround.report.document import SCHEMA, versions
 from onnx_attnround.report.layout import Rows
 from onnx_attnround.report.tables import size
 
-_FEW = 8  # operators that are listed before the rest is counted
+_FEW = 8
+"""The operators that are listed; the rest is counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

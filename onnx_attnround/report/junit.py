@@ -13,7 +13,8 @@ from onnx_attnround.report.sentences import title
 from onnx_attnround.verify import Verification, gates
 
 NAME = "onnx_attnround"
-_ILLEGAL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
+_ILLEGAL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""The characters that XML does not allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 160  # columns where the output is no terminal
-GAP = 2  # columns between those of a table
-INDENT = 4  # columns of what stands below a name
+WIDTH = 160
+"""The columns of the output where it is no terminal."""
+GAP = 2
+"""The blanks between the columns of a table."""
+INDENT = 4
+"""The blanks before a line that belongs to the name above it."""
 
 
 def console_on(file: TextIO, width: int | None = None) -> Console:

@@ -25,7 +25,8 @@ BASES: Mapping[Basis, str] = {
     "held out": "held-out samples",
     "calibration": "samples it was fitted to",
 }
-TOLD_FROZEN = 0.01  # share from which on they are told
+TOLD_FROZEN = 0.01
+"""The share of values that no longer move from which on they are told."""
 
 
 def comparison(verification: Verification, *, elsewhere: bool) -> Rows:

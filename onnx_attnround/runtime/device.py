@@ -16,7 +16,8 @@ from torch.utils.dlpack import from_dlpack
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.records import Array
 
-_FOREIGN = re.compile(r"string|^(seq|map|optional|sparse)")  # of the types of ONNX Runtime
+_FOREIGN = re.compile(r"string|^(seq|map|optional|sparse)")
+"""ONNX Runtime's names of types that PyTorch does not have."""
 
 CPU = torch.device("cpu")
 Value = torch.Tensor | Array

@@ -28,8 +28,10 @@ LARGE = 64 << 20
 
 _FILES_BELOW = "session.model_external_initializers_file_folder_path"
 _OPTIMISED_FILE = "session.optimized_model_external_initializers_file_name"
-_FATAL = 4  # errors come as exceptions, so the log need not tell them too
-_UNKNOWN_OP = "is not a registered function/op"  # in the words of ONNX Runtime
+_FATAL = 4
+"""The log level of fatal errors: others come as exceptions, and need not be told twice."""
+_UNKNOWN_OP = "is not a registered function/op"
+"""The words of ONNX Runtime for an operator that it does not know."""
 _FUSED = re.compile(r'In Node, \("[^"]*", (QLinear\w+|QGemm|\w*Integer\w*|MatMulNBits),')
 ort.set_default_logger_severity(_FATAL)
 

@@ -20,7 +20,8 @@ from onnx_attnround.shadow.common import Attributes, Inputs, Op, ints, optional
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-_WHOLE = 1e-3  # how far from an integer an output size may be, in elements
+_WHOLE = 1e-3
+"""How far from an integer an output size may be, in elements."""
 _TIE = 1e-6
 
 

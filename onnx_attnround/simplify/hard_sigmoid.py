@@ -13,8 +13,10 @@ from onnx_attnround.simplify.affine import move_into
 from onnx_attnround.simplify.batch_norm import layer_behind
 from onnx_attnround.simplify.constants import add_constant, constant
 
-_CLIP_OPSET = 11  # bounds are inputs; before, attributes
-_NEAR = 1e-6  # relative, some roundings of float32: 1/6 is written in several ways
+_CLIP_OPSET = 11
+"""The opset from which on the bounds of a Clip are inputs; before, they are attributes."""
+_NEAR = 1e-6
+"""Some roundings of float32, relative: exporters write a number as 1/6 in several ways."""
 
 
 def fold_hard_sigmoid(model: ir.Model) -> int:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from onnx_attnround.records import Array
 
 _HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-_DTYPES = ("to", "dtype", "output_dtype", "precision", "softmax_precision")  # attributes
+_DTYPES = ("to", "dtype", "output_dtype", "precision", "softmax_precision")
+"""The attributes that name a type of elements."""
 _KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 
 
