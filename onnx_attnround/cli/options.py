@@ -66,7 +66,7 @@ class Options:
         Any,
         _option(
             _SAMPLES,
-            "How images become inputs: imagenet, cifar10, unit, tf, or a TOML file.",
+            "How images become inputs: imagenet, tf, yolo and others, or a TOML file.",
             metavar="NAME|FILE",
             parser=str,
         ),

@@ -104,7 +104,7 @@ def test_load_by_name_and_from_toml(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sise = 3\n", r"unknown key 'sise': did you mean 'size'\? expected one of size"),
+        ("sise = 3\n", r"unknown key 'sise': did you mean 'size'\? expected one of box"),
         ("size = -3\n", "key 'size': .* got -3"),
         ("mean = [1.0, 2.0]\n", "mean has 2 values, expected 1 or 3"),
         ("size = \n", "cannot read preprocessing"),
