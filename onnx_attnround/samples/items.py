@@ -80,7 +80,7 @@ def _item(
 ) -> Feed:
     """One item of an iterable: a file, arrays by name or in the order of the inputs, or one."""
     if isinstance(item, str | PathLike):
-        return file_feed(Path(item), preprocess, as_is=True)
+        return file_feed(Path(item), specs, preprocess, as_is=True)
     if isinstance(item, Mapping):
         return Feed(label=label, found=mapping_of(label, item, preprocess), as_is=True)
     if isinstance(item, list | tuple):

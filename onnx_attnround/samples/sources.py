@@ -16,6 +16,7 @@ from PIL import Image
 
 from onnx_attnround.errors import CalibrationError
 from onnx_attnround.records import Array, InputSpec
+from onnx_attnround.samples.audio import recording
 from onnx_attnround.samples.preprocess import Preprocess, pixels
 from onnx_attnround.samples.streams import (
     Stream,
@@ -32,7 +33,10 @@ IMAGES, LABELS = "images", "labels"
 """Names of arrays that are read beside the inputs of the model."""
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
-_FORMS = ".npz, .npy, an image, or a folder of .npz, .npy, images or ONNX test_data_set_* folders"
+_FORMS = (
+    ".npz, .npy, .wav, an image, or a folder of .npz, .npy, .wav, images or ONNX test_data_set_* "
+    "folders"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +125,7 @@ def _feeds_of_path(
     path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | None
 ) -> Callable[[], Iterable[Feed]]:
     if path.is_file():
-        return lambda: [file_feed(path, preprocess, as_is=False)]
+        return lambda: [file_feed(path, specs, preprocess, as_is=False)]
     if not path.is_dir():
         raise CalibrationError(f"'{path}' not found: expected {_FORMS}")
     sets = (
@@ -132,15 +136,18 @@ def _feeds_of_path(
     if sets:
         return lambda: (_data_set(folder, specs) for folder in sets)
     files = _sorted(file for file in path.iterdir() if file.suffix.lower() in (".npz", ".npy"))
-    files = files or _sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES
-    )
+    for suffixes in (_IMAGE_SUFFIXES, {".wav"}):
+        files = files or _sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in suffixes
+        )
     if not files:
         raise CalibrationError(f"folder '{path}' holds no samples: expected {_FORMS}")
-    return lambda: (file_feed(file, preprocess, as_is=True) for file in files)
+    return lambda: (file_feed(file, specs, preprocess, as_is=True) for file in files)
 
 
-def file_feed(path: Path, preprocess: Preprocess | None, *, as_is: bool) -> Feed:
+def file_feed(
+    path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | None, *, as_is: bool
+) -> Feed:
     """The feed of a file, whose form its name tells; raises ``CalibrationError``."""
     found: Streams | Callable[[], Stream]
     suffix = path.suffix.lower()
@@ -150,6 +157,8 @@ def file_feed(path: Path, preprocess: Preprocess | None, *, as_is: bool) -> Feed
         found = partial(npy_file, path)
     elif suffix in _IMAGE_SUFFIXES:
         found = partial(image, path, preprocess.mode if preprocess else "RGB")
+    elif suffix == ".wav":
+        found = partial(recording, path, specs[0])
     else:
         raise CalibrationError(f"'{path}' is of an unknown form: expected {_FORMS}")
     return Feed(label=str(path), found=found, as_is=as_is)
