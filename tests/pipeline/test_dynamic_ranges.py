@@ -56,6 +56,13 @@ def test_all_layers_run_in_integer_and_no_rule_is_broken(result: QuantizeResult)
     assert result.checked.fits_int16 is True
 
 
+def test_signed_codes_of_other_tensors_do_no_harm() -> None:
+    settings = {**SETTINGS, "target": "ort-arm", "method": "nearest"}
+    result = quantize(build(ENCODER), uneven(24), QuantConfig.parse(settings))
+    assert len(result.checked.fusion.integer) == 4
+    assert result.checked.findings == ()
+
+
 def test_known_shapes_run_in_integer_too() -> None:
     samples = uneven(24)
     result = quantize(build(FIXED), samples, QuantConfig.parse(SETTINGS))
