@@ -53,9 +53,9 @@ def choose_dynamic(
 ) -> DynamicRanges:
     """The ``candidates`` whose layers gain by a range in each run, if the outputs do, too.
 
-    Samples run one at a time. The fixed ranges are those of all samples, those that they
-    are judged on among them, so that they have the better of it. Raises ``CalibrationError``
-    where ONNX Runtime fails on the samples.
+    ``params`` are the fixed ranges that they are compared with; they had better come from
+    samples other than those that the choice is judged on, ``JUDGED_SAMPLES`` spread over all.
+    Samples run one at a time. Raises ``CalibrationError`` where ONNX Runtime fails on them.
     """
     readers = {
         name: [layer for layer in plan.layers if layer.x == name] for name in candidates

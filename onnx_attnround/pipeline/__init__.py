@@ -204,7 +204,7 @@ def prepare(
         ranges = ranges_of(run, simplified, plan, samples, observers)
         run.notes += left_out_note(ranges)
         simplified, plan, ranges = with_float_stem(run, simplified, plan, ranges, samples)
-        plan, ranges = with_dynamic_ranges(run, simplified, plan, ranges, samples)
+        plan, ranges = with_dynamic_ranges(run, simplified, plan, ranges, samples, observers)
     if plan.dynamic:
         given = _in_batches(given, 1)  # as its range is found over all of a batch
         samples = given.samples

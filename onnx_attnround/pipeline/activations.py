@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.calibrate.dynamic_ranges import DynamicRanges, choose_dynamic
 from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
+from onnx_attnround.calibrate.output_error import JUDGED_SAMPLES
 from onnx_attnround.checkpoint import TAKEN
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
@@ -91,14 +92,22 @@ def with_float_stem(
 
 
 def with_dynamic_ranges(
-    run: Run, model: ir.Model, plan: QuantPlan, ranges: Calibration, samples: Samples | None
+    run: Run,
+    model: ir.Model,
+    plan: QuantPlan,
+    ranges: Calibration,
+    samples: Samples | None,
+    observers: Mapping[str, str],
 ) -> tuple[QuantPlan, Calibration]:
-    """Plan and ranges once more, where some activations have a range in each run."""
+    """Plan and ranges once more, where some activations have a range in each run.
+
+    ``observers`` as :func:`ranges_of` takes them.
+    """
     if samples is None or run.config.activations == "static":
         return plan, ranges
     found = DynamicRanges(tensors=can_be_dynamic(model, plan))
     if found.tensors and run.config.activations == "auto":
-        found = _chosen(run, model, plan, ranges, samples, found.tensors)
+        found = _chosen(run, model, plan, found.tensors, samples, observers)
     if not found.tensors:
         return plan, ranges
     plan = with_dynamic(plan, found.tensors)
@@ -113,15 +122,28 @@ def _chosen(
     run: Run,
     model: ir.Model,
     plan: QuantPlan,
-    ranges: Calibration,
-    samples: Samples,
     candidates: Sequence[str],
+    samples: Samples,
+    observers: Mapping[str, str],
 ) -> DynamicRanges:
-    """Which of the ``candidates`` had better be dynamic, measured or from the checkpoint."""
+    """Which of the ``candidates`` had better be dynamic, measured or from the checkpoint.
+
+    They are compared with the fixed ranges that samples have which they are not judged on.
+    """
     kept: DynamicRanges | None = run.checkpoint.get("dynamic")
     if kept is not None:
         return kept
-    found = choose_dynamic(model, plan, ranges.params, candidates, samples, run.config)
+    parted = samples.split(JUDGED_SAMPLES)
+    fixed = calibrate(
+        model,
+        plan.activations,
+        samples if parted is None else parted[0],
+        run.config,
+        same_range=plan.same_range,
+        on_event=run.on_event,
+        observers=observers,
+    )
+    found = choose_dynamic(model, plan, fixed.params, candidates, samples, run.config)
     run.checkpoint.put(found, "dynamic")
     return found
 
