@@ -54,6 +54,7 @@ def test_the_first_commands_are_two() -> None:
     assert all(re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE) for line in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", blocks("python"))
 def test_python_examples_run(example: str, models_dir: Path, tmp_path: Path) -> None:
     for path in models_dir.glob("digits_*"):

@@ -67,6 +67,7 @@ def test_the_stream_keeps_eight_bits_and_the_layer_reads_four() -> None:
     assert {"Conv_0", "Conv_1", "Conv_2"} <= set(result.checked.fusion.integer)
 
 
+@pytest.mark.slow
 def test_a_parted_stream_is_worth_decibels(
     monkeypatch: pytest.MonkeyPatch, models_dir: Path
 ) -> None:

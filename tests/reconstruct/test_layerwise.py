@@ -160,7 +160,9 @@ def test_models_of_every_shape_are_rounded(name: str, act_bits: int) -> None:
     assert_sound(job, job.plain())
 
 
-@pytest.mark.parametrize("method", ["attention", "adaround", "nearest"])
+@pytest.mark.parametrize(
+    "method", ["attention", pytest.param("adaround", marks=pytest.mark.slow), "nearest"]
+)
 @pytest.mark.parametrize("name", ["resnet", "mobilenet"])
 def test_learned_rounding_reproduces_layers_better_than_nearest(name: str, method: str) -> None:
     job = digits(name, weight_bits=3)
@@ -206,6 +208,7 @@ def test_the_bias_takes_the_mean_error_away(name: str) -> None:
     assert np.mean(shares) > 0.03  # without the correction
 
 
+@pytest.mark.slow
 def test_the_same_bytes_again_from_memory_and_from_disk() -> None:
     job, once = digits("mobilenet", weight_bits=3), rounded("mobilenet", weight_bits=3)
     assert bytes_of(job.round()) == bytes_of(once)
