@@ -27,6 +27,7 @@ _NAMES = (
     "context",
     "reconstruct report",
     "pipeline",
+    "sweep",
     "__init__",
     "cli",
     "__main__",

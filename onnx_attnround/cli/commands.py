@@ -16,7 +16,8 @@ from onnx_attnround.version import version
 
 PROGRAM = "onnx-attnround"
 _CODES = "Exit codes: 0 done, 1 failed, 2 usage, 3 gate missed, 130 interrupted."
-_ALL = frozenset(each.name for each in fields(Options)) - {"quantised"}
+_SWEEPS = frozenset({"jobs", "backend", "workers", "cluster"})
+_RUNS = frozenset(each.name for each in fields(Options)) - _SWEEPS - {"more", "quantised"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class Command:
 
     does: str
     examples: tuple[str, ...]
-    options: frozenset[str] = _ALL - {"more"}
+    options: frozenset[str] = _RUNS
     keys: frozenset[str] | None = None
 
 
@@ -62,7 +63,7 @@ COMMANDS: dict[str, Command] = {
             "quantised.onnx --calib samples.npz --format github",
             "a.int.onnx b.int.onnx --quiet",
         ),
-        options=_ALL - {"output", "evaluation"},
+        options=_RUNS - {"output", "evaluation"} | {"more"},
         keys=frozenset({"samples", "target", "custom_op_library"}),
     ),
     "compare": Command(
@@ -74,7 +75,7 @@ COMMANDS: dict[str, Command] = {
             "float.onnx quantised.onnx --eval samples.npz",
             "float.onnx quantised.onnx --eval labelled.npz --report compared.html",
         ),
-        options=_ALL - {"output", "calib", "more"} | {"quantised"},
+        options=_RUNS - {"output", "calib"} | {"quantised"},
         keys=frozenset({"threads", "custom_op_library"}),
     ),
     "inspect": Command(
@@ -83,6 +84,14 @@ COMMANDS: dict[str, Command] = {
         examples=("in.onnx", "quantised.onnx --target qnn --format json"),
         options=frozenset({"model", "config", "format", "verbose"}),
         keys=frozenset({"target"}),
+    ),
+    "sweep": Command(
+        does="Quantise each model of a TOML file for each target at each preset, some at a time; "
+        "keep a table and a page of all; leave what an earlier sweep has done as it is, and go on "
+        "where it was cut off.",
+        examples=("jobs.toml --workers 2", "jobs.toml --backend ray --cluster auto"),
+        options=_SWEEPS | {"format", "quiet", "verbose"},
+        keys=frozenset(),
     ),
 }
 

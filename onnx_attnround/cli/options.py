@@ -53,6 +53,32 @@ class Options:
         Path | None,
         typer.Argument(metavar="QUANTISED", help="The quantised model, of any make."),
     ] = None
+    jobs: Annotated[
+        Path | None,
+        typer.Argument(metavar="JOBS", help="TOML file of models, targets and presets."),
+    ] = None
+    backend: Annotated[
+        str,
+        _option(
+            _RUN,
+            "What runs the jobs: loky (processes of this machine), or a cluster of ray or dask. "
+            "Default: loky.",
+            metavar="NAME",
+        ),
+    ] = "loky"
+    workers: Annotated[
+        int | None,
+        _option(_RUN, "Jobs run at a time. Default: one for each two cores.", min=1),
+    ] = None
+    cluster: Annotated[
+        str | None,
+        _option(
+            _RUN,
+            "Address of a cluster that runs already, such as auto (ray) or tcp://host:8786 "
+            "(dask); without, one is started on this machine.",
+            metavar="ADDRESS",
+        ),
+    ] = None
     calib: Annotated[
         Path | None,
         _option(
@@ -111,13 +137,15 @@ class Options:
 class Request:
     """What the command line holds: its options, and keys of the config, as text or flags.
 
-    ``command`` is what to do, ``line`` is all of it, as a shell takes it.
+    ``command`` is what to do, ``line`` is all of it, as a shell takes it. ``reads_config`` says
+    whether the command goes by settings of a config file.
     """
 
     command: str
     options: Options
     settings: Mapping[str, str | list[str] | bool] = field(default_factory=dict)
     line: str = ""
+    reads_config: bool = True
 
     def with_file(self) -> tuple[Request, dict[str, Any]]:
         """The request with the files that its config names, and the settings there.
@@ -125,6 +153,8 @@ class Request:
         What the command line gives wins. Raises ``ConfigError``.
         """
         given = self.options
+        if not self.reads_config:
+            return self, {}
         found = find_run() if given.config is None else read_run(given.config)
         read = _named_by(found)
         own = {name: value for name, value in read.items() if not getattr(given, name)}
@@ -180,7 +210,7 @@ def _named_bits(key: str, text: str) -> tuple[str, str]:
 
 
 def function_of(
-    name: str, options: Collection[str], keys: Collection[str] | None, **defaults: Any
+    name: str, options: Collection[str], keys: Collection[str] | None
 ) -> Callable[..., Request]:
     """The function that typer makes the command ``name`` of; it returns the :class:`Request`.
 
@@ -202,7 +232,12 @@ def function_of(
     def command(**given: Any) -> Request:
         own = {key: value for key, value in given.items() if key in options}
         rest = {key: text for key, text in given.items() if key not in own and text}
-        return Request(command=name, options=Options(**{**defaults, **own}), settings=rest)
+        return Request(
+            command=name,
+            options=Options(**own),
+            settings=rest,
+            reads_config="config" in options,
+        )
 
     # typer reads the options from the signature: it is made of the declarations above.
     command.__signature__ = _signature(declared)  # type: ignore[attr-defined]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from rich import progress
 from rich.table import Column
@@ -12,6 +13,9 @@ from rich.text import Text
 
 from onnx_attnround.records import Event, OnEvent
 from onnx_attnround.report.layout import console_on
+
+if TYPE_CHECKING:
+    from onnx_attnround.report.swept import Swept
 
 
 def shown(*, quiet: bool, verbose: bool) -> AbstractContextManager[OnEvent]:
@@ -85,3 +89,16 @@ def _lines(*, verbose: bool) -> OnEvent:
         last[event.stage] = event.detail
 
     return on_event
+
+
+def counted(total: int, *, quiet: bool) -> Callable[[Swept], None]:
+    """A function that tells of each job of a sweep that has ended, one line each."""
+    done = 0
+
+    def on_done(found: Swept) -> None:
+        nonlocal done
+        done += 1
+        if not quiet:
+            sys.stderr.write(f"{done}/{total} {found.name}: {found.status}\n")
+
+    return on_done

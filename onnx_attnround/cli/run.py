@@ -5,7 +5,7 @@ What is slow to import is imported when it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnx_attnround.records import OnEvent
     from onnx_attnround.report.forms import Record
     from onnx_attnround.report.result import Point, QuantizeResult
+    from onnx_attnround.report.swept import Swept
     from onnx_attnround.samples.preprocess import Preprocess
 
 
@@ -47,6 +48,9 @@ class Job:
 def run(request: Request, from_file: Mapping[str, Any]) -> None:
     """Do what is asked for, with the settings of a file; raises the errors of ``errors.py``."""
     options = request.options
+    if request.command == "sweep":
+        _sweep(options)
+        return
     config, means = request.settled(from_file)
     if options.model is None:
         raise ConfigError("IN is missing: name the model, here or as `model` in a config")
@@ -332,6 +336,54 @@ def _write_reports(job: Job, record: Record) -> None:
 
     for path in job.options.report:
         write_report(path, record, job.line)
+
+
+def _sweep(options: Options) -> None:
+    """Run the jobs, print and keep what became of them; raise if one failed or missed a gate."""
+    from rich.console import Group
+
+    from onnx_attnround.cli.progress import counted
+    from onnx_attnround.graph import write_atomic
+    from onnx_attnround.report import swept
+    from onnx_attnround.report.document import text
+    from onnx_attnround.sweep.jobs import read_jobs
+    from onnx_attnround.sweep.run import sweep
+
+    if options.jobs is None:
+        raise ConfigError("JOBS is missing: name a TOML file of models, targets and presets")
+    folder, jobs = read_jobs(options.jobs)
+    found = sweep(
+        folder,
+        jobs,
+        backend=options.backend,
+        workers=options.workers,
+        cluster=options.cluster,
+        on_done=counted(len(jobs), quiet=options.quiet),
+    )
+    forms = {
+        "sweep.json": text(swept.swept_dict(found)),
+        "sweep.md": swept.swept_markdown(found),
+        "sweep.html": swept.swept_page(found, folder),
+    }
+    for name, content in forms.items():
+        write_atomic(folder / name, content.encode())
+    if not options.quiet:
+        shown = Found(
+            shown=Group(swept.swept_table(found), f"wrote {folder / 'sweep.html'}"),
+            record=lambda: swept.swept_dict(found),
+            remarks=tuple(("error", f"{e.name}: {e.message}") for e in found if e.message),
+        )
+        show(shown, options.format, ())
+    _judge(found)
+
+
+def _judge(found: Sequence[Swept]) -> None:
+    """Raise for jobs that failed, or else for those that missed a gate."""
+    for status, raised in (("failed", ModelError), ("gate missed", GateError)):
+        these = [each for each in found if each.status == status]
+        if these:
+            first = f"first {these[0].name}: {these[0].message}"
+            raise raised(f"{status}: {len(these)} of {len(found)} jobs, {first}")
 
 
 DOES: Mapping[str, Callable[[Job], None]] = {

@@ -80,7 +80,7 @@ class _Activation:
 def run_page(result: QuantizeResult, command: str | None = None) -> str:
     """All that is known of a run, what matters first; with the ``command`` that made it."""
     found, plan = result.verification, result.plan
-    return _render(
+    return render(
         "run.html",
         title=title(result),
         eyebrow=[f"for {plan.target.name}", f"{len(plan.layers)} layers"],
@@ -106,7 +106,7 @@ def points_page(points: Sequence[Point], command: str | None = None) -> str:
     """Several files of one model: what each costs and keeps, and the bits of their layers."""
     first = points[0].result
     layers = first.plan.layers
-    return _render(
+    return render(
         "points.html",
         title=title(first),
         target=first.plan.target.name,
@@ -132,7 +132,7 @@ def check_page(checked: Checked, command: str | None = None) -> str:
     """What a check found."""
     refused = checked.refused
     word = "Refused" if refused else "No rule is broken" if not checked.findings else "Taken"
-    return _render(
+    return render(
         "check.html",
         title="Check of a file",
         target=checked.target,
@@ -225,7 +225,8 @@ def _front(points: Sequence[Point]) -> Chart:
     return scatter([point.size / 1000 for point in ordered], series, told, ("kB", unit))
 
 
-def _render(template: str, **view: Any) -> str:
+def render(template: str, **view: Any) -> str:
+    """The page of a template in the folder ``templates``."""
     return _templates().get_template(template).render(versions=versions(), **view)
 
 
