@@ -24,6 +24,10 @@ from onnx_attnround.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("command_line", "python", "bits", "what_is_quantised")
+}
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -32,11 +36,12 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    """The arguments of each run of the command line in the README."""
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+def commands(text: str) -> list[list[str]]:
+    """The arguments of each run of the command line in a document."""
+    lines = "\n".join(blocks("sh", text)).replace("\\\n", " ").splitlines()
     runs = [shlex.split(line, comments=True) for line in lines]
-    return [run[3:] for run in runs if run[:3] == ["python", "-m", "onnx_attnround"]]
+    forms = (["python", "-m", "onnx_attnround"], ["onnx-attnround"])
+    return [run[len(form) :] for run in runs for form in forms if run[: len(form)] == form]
 
 
 def options() -> set[str]:
@@ -55,7 +60,7 @@ def test_the_first_commands_are_two() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", blocks("python"))
+@pytest.mark.parametrize("example", blocks("python") + blocks("python", GUIDES["python"]))
 def test_python_examples_run(example: str, models_dir: Path, tmp_path: Path) -> None:
     for path in models_dir.glob("digits_*"):
         shutil.copy(path, tmp_path)
@@ -65,7 +70,27 @@ def test_python_examples_run(example: str, models_dir: Path, tmp_path: Path) -> 
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "digits_resnet.int.onnx").is_file()
+    (written,) = re.findall(r'"(\w+\.int\.onnx)"', example)
+    assert (tmp_path / written).is_file()
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_readme_run_word_by_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    runs = commands(README)
+    assert len(runs) == 2
+    for arguments in runs:
+        assert main(arguments) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "models", "digits.int8.onnx", "digits.int4.onnx", "digits.html",
+    }  # fmt: skip
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) < 1000
 
 
 def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,7 +101,7 @@ def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr("onnx_attnround.cli.main.run", run)
     monkeypatch.chdir(tmp_path)
-    for arguments in commands():
+    for arguments in (each for text in (README, *GUIDES.values()) for each in commands(text)):
         assert main(arguments) == 0
     assert len(seen) >= 6
     assert any(config.weight_bits == 4 and config.max_drop == 0.5 for config in seen)
@@ -87,7 +112,7 @@ def test_options_exist(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if not re.search("pip install|docker", line))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
-    known = options() | {"--help", "--install-completion"}
+    known = options() | {"--help", "--install-completion", "--strict"}
     if path.parent.name == "docs":  # where the tools of this repository are spoken of
         for tool in (ROOT / "tools").glob("*.py"):
             known |= set(re.findall(r'"(--[a-z-]+)"', tool.read_text(encoding="utf-8")))
@@ -95,7 +120,7 @@ def test_options_exist(path: Path) -> None:
 
 
 def test_the_config_example_is_valid() -> None:
-    (example,) = blocks("toml")
+    (example,) = blocks("toml", GUIDES["command_line"])
     config = QuantConfig.parse(tomllib.loads(example))
     assert config.layer_bits
 
@@ -109,8 +134,8 @@ def test_links_and_named_files_exist(path: Path) -> None:
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 
-def test_the_readme_names_what_there_is() -> None:
-    words = set(re.findall(r"\w+", README))
+def test_the_guides_name_what_there_is() -> None:
+    words = set(re.findall(r"\w+", " ".join(GUIDES.values())))
     target = TARGETS["ort"]
     assert target.weighted | target.arithmetic | target.movement | target.absorbed <= words
     recipes = (ROOT / "docs" / "preprocessing.md").read_text(encoding="utf-8")
@@ -164,7 +189,8 @@ def test_the_sizes_of_several_means_are_those_of_the_readme(
     means = ["--mean-bits", "3,4,5,6", "--method", "nearest"]  # which sizes do not depend on
     assert main([RESNET, str(tmp_path / "digits.onnx"), *OPTIONS, *means]) == 0
     printed = capsys.readouterr().out
-    (shown,) = [block for block in blocks("text") if block.startswith("mean bits")]
+    shown_there = blocks("text", GUIDES["bits"])
+    (shown,) = [block for block in shown_there if block.startswith("mean bits")]
     for mean in (3, 4, 5, 6):
         pattern = rf"^ +{mean} +([\d,]+) "
         assert figures(pattern, shown) == pytest.approx(figures(pattern, printed), rel=0.03)
