@@ -149,7 +149,7 @@ def check_page(checked: Checked, command: str | None = None) -> str:
 def compared_page(compared: Compared, command: str | None = None) -> str:
     """A quantised file beside its float model: where they part first, and all layers."""
     found = compared.found
-    return _render(
+    return render(
         "compared.html",
         title=compared.names[1],
         other=compared.names[0],
