@@ -111,7 +111,7 @@ def test_models_by_targets_by_presets_with_paths_from_the_file(folder: Path) -> 
         ("models = ['a.onnx', 'b/a.onnx']", "two jobs are 'a.ort.w8a8'"),
         ("models = ['a.onnx']\ntarget = ['ort']", "unknown key 'target': did you mean 'targets'?"),
         ("models = ['a.onnx']\ntargets = 'ort'", "'targets': got 'ort', expected a list"),
-        ("models = ['a.onnx']\ntargets = ['tensort']", "did you mean tensorrt?"),
+        ("models = ['a.onnx']\ntargets = ['tensort']", "did you mean 'tensorrt'?"),
         ("models = ['a.onnx']\npresets = ['w4']", "option `preset`: "),
         ("models = ['a.onnx']\nweight-bits = 9", "option `weight_bits`: "),
     ],
@@ -198,11 +198,20 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["loky", "ray", "dask"])
+def test_a_local_cluster_of_dask_does_the_jobs(folder: Path) -> None:
+    pytest.importorskip("distributed")
+    (folder / "jobs.toml").write_text(JOBS.replace('"ort", ', "").replace('"w8a8", ', ""))
+    done = started(folder, "--backend", "dask")
+    _, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, errors
+    assert set(results(folder)) == {"a.openvino.w4a8.onnx", "second.openvino.w4a8.onnx"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["loky", "ray"])
 def test_a_sweep_that_is_killed_goes_on_where_it_was(backend: str, folder: Path) -> None:
-    needed = {"loky": "joblib", "ray": "ray", "dask": "distributed"}[backend]
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
+    if backend == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
     first = started(folder, "--backend", backend)
     deadline = time.monotonic() + 300
     while len(list((folder / "swept").glob("*.*.*.json"))) < 2 and time.monotonic() < deadline:
