@@ -18,8 +18,8 @@ from onnx_attnround.records import Array
 from onnx_attnround.runtime.session import (
     ACCURACY_LEVEL,
     exact_activations,
-    first_line,
     open_session,
+    told_as,
 )
 
 LEAST_SQNR = 3.0
@@ -162,10 +162,8 @@ def _run_ort(view: View, model: ir.Model, feed: Feed, *, optimise: bool) -> dict
     signed = view.target.runtime == "onnxruntime" and view.target.activation_signed
     session = open_session(model, optimise=optimise, signed_activations=signed)
     names = [output.name for output in session.get_outputs()]
-    try:
+    with told_as(ModelError, "ONNX Runtime cannot run the model"):
         return dict(zip(names, session.run(names, dict(feed)), strict=True))
-    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-        raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
 
 
 def _off(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from onnx_attnround.reconstruct.activation_store import ActivationStore
 from onnx_attnround.reconstruct.cuts import Piece, Ties, cut, cut_blocks, extract, raw_names
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.runtime.device import Value, open_device, placed, release, room_on, run_on
-from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.runtime.session import open_session, told_as
 from onnx_attnround.samples import Feeds, Samples
 from onnx_attnround.samples.mask import counted, find_mask, tokens
 
@@ -295,14 +295,8 @@ class _Stream:
     def _run(
         self, session: ort.InferenceSession, piece: Piece, batch: int, feeds: Mapping[str, Value]
     ) -> None:
-        try:
+        with told_as(CalibrationError, f"ONNX Runtime failed on calibration batch {batch}"):
             results = run_on(self._place.device, session, piece.computed, feeds)
-        except torch.cuda.OutOfMemoryError:  # which the command line has a remedy for
-            raise
-        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-            raise CalibrationError(
-                f"ONNX Runtime failed on calibration batch {batch}: {first_line(error)}"
-            ) from error
         for name, value in zip(piece.computed, results, strict=True):
             if name in piece.outputs:
                 self._put(name, batch, value)

@@ -202,13 +202,23 @@ def run_on_samples(
 
     Raises ``CalibrationError`` if ONNX Runtime fails on the samples.
     """
-    try:
+    remedy = ": check that they are what the model expects"
+    with told_as(CalibrationError, "ONNX Runtime failed on the calibration samples", remedy):
         return list(session.run(list(names) or None, dict(feeds)))
-    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-        raise CalibrationError(
-            f"ONNX Runtime failed on the calibration samples: {first_line(error)}: "
-            "check that they are what the model expects"
-        ) from error
+
+
+@contextmanager
+def told_as(error: type[AttnRoundError], what: str, remedy: str = "") -> Iterator[None]:
+    """While open, a failure of ONNX Runtime becomes ``error``: ``what``, its cause, ``remedy``.
+
+    Not so a lack of memory, for which the command line has a remedy.
+    """
+    try:
+        yield
+    except Exception as cause:  # ONNX Runtime raises a dozen unrelated types here
+        if type(cause).__name__ == "OutOfMemoryError":  # of torch, which is imported late
+            raise
+        raise error(f"{what}: {first_line(cause)}{remedy}") from cause
 
 
 def first_line(error: BaseException) -> str:

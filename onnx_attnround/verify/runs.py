@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnx_attnround.errors import AttnRoundError, ModelError, OutputError
 from onnx_attnround.records import Array
-from onnx_attnround.runtime.session import first_line, open_session
+from onnx_attnround.runtime.session import open_session, told_as
 
 Feed = Mapping[str, Array]
 Outputs = Mapping[str, Any]
@@ -63,11 +63,7 @@ def _open(model: ir.Model, kind: Kind, error: type[AttnRoundError], **options: A
     names = [output.name for output in session.get_outputs()]
 
     def run(feed: Feed) -> dict[str, Any]:
-        try:
+        with told_as(error, f"ONNX Runtime cannot run the {kind} model", remedy):
             return dict(zip(names, session.run(names, dict(feed)), strict=True))
-        except Exception as cause:  # ONNX Runtime raises a dozen unrelated types here
-            raise error(
-                f"ONNX Runtime cannot run the {kind} model: {first_line(cause)}{remedy}"
-            ) from cause
 
     return run
