@@ -85,6 +85,7 @@ def calibrate(
         root: params_from_range(spec, *watches[root].range(spec, limits.get(root, FREE)))
         for root, spec in specs.items()
     }
+    # Ranges of the least error are judged at the outputs against wider ones; extrema have none.
     if specs and config.observer != "minmax":
         extrema = {
             root: params_from_range(spec, *watches[root].extrema(limits.get(root, FREE)))

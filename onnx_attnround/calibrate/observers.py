@@ -276,6 +276,7 @@ def _subset(rows: Array, first: int) -> Array:
     count = rows.shape[1]
     if count <= PER_SAMPLE:
         return rows.ravel()
+    # Of each sample other elements are counted, so that over many all positions have a share.
     start = np.arange(PER_SAMPLE) * count // PER_SAMPLE
     phase = golden_places(first, len(rows))
     shift = (phase * (count // PER_SAMPLE)).astype(np.int64) + np.arange(len(rows)) * count

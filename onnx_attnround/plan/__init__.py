@@ -51,6 +51,7 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     shared: dict[str, frozenset[str]] = {}
     if integer:
         activations, same_range, shared = Activations(model, marked, target, config).find()
+    # What a code may be depends on the activation that it is multiplied with, so this comes last.
     if config.weight_range == "safe":
         planned = with_limits(planned, activations, target)
     return QuantPlan(

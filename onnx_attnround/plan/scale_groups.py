@@ -36,6 +36,7 @@ def with_blocks(
     if size is None:
         return tuple(layers), {}
     reasons = {layer.node: _refusal(layer, size, target) for layer in layers}
+    # Where blocks are stored as INT4 alone, layers of more bits have one scale per channel.
     widest = 8 if "int8" in target.block_storages else 4
     blocked = tuple(
         layer

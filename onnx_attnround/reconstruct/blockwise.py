@@ -212,6 +212,7 @@ class _Refinement:
 
     def _train(self, block: QuantisedBlock) -> None:
         """Adam with cosine decay, on minibatches of stored batches in random order."""
+        # On the CPU, whatever the device, so that all devices draw the same.
         generator = torch.Generator().manual_seed(self._config.seed + self._index)
         if not (parameters := block.parameters()):
             return
@@ -262,7 +263,10 @@ def _mixed(batch: BlockBatch, generator: torch.Generator) -> dict[str, torch.Ten
 
 
 def _loss(outputs: Tensors, batch: BlockBatch) -> torch.Tensor:
-    """Mean over the outputs of the squared error, each relative to its mean square."""
+    """Mean over the outputs of the squared error, each relative to its mean square.
+
+    Else the output with the largest numbers would be all that counts.
+    """
     wanted = _tensors(batch.outputs)
     floating = [name for name in wanted if wanted[name].is_floating_point()]
     if not floating:

@@ -151,6 +151,8 @@ def round_layers(
     Returns one rounding per node name. Deterministic for the same inputs and device.
     """
     config = run.config
+    # The walk needs a whole quantised model from the start: rounded to nearest, and stored as int8,
+    # in which each layer can be replaced in place once it is rounded.
     roundings = round_plain(model, plan, params, allocation)
     quantised = qdq.insert(model, plan, params, roundings, "int8")
     units = Units(run, "round", len(plan.layers))
@@ -221,7 +223,7 @@ class _Readers:
         if layer.plan is not first and not own_bias:
             return known[first.node]
         moments = self._moments(layer, batches)
-        result = known[layer.plan.node]
+        result = known[layer.plan.node]  # nearest rounding, which stays where sums overflow
         if layer.plan is first and moments.finite:
             pooled = moments
             if first.node in self._ahead:

@@ -157,7 +157,10 @@ def _with_choices(
 
 
 def _overridable(model: ir.Model, names: Mapping[str, object]) -> ir.Model:
-    """A copy in which these constants are the defaults of inputs."""
+    """A copy in which these constants are the defaults of inputs.
+
+    So one session serves the probes of all layers.
+    """
     result = model.clone()
     for name in names:
         value = result.graph.initializers[name]

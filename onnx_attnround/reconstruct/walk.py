@@ -187,7 +187,7 @@ class BlockWalk:
             self._quantised.advance(index, self.count)
             for stream in (self._plain, self._quantised):
                 stream.release(index)
-        self._plain.advance(index + 1, self.count)
+        self._plain.advance(index + 1, self.count)  # one block ahead: for the outputs
 
     def names(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The inputs and the outputs of block ``index`` in the float model."""
