@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnx_attnround import QuantConfig, quantize
 from onnx_attnround.graph import input_specs, load
@@ -34,6 +35,7 @@ CALIBRATION_BATCH = 32
 EVALUATION_BATCH = 250
 LATENCY_BATCH = 16
 LATENCY_ROUNDS = 300
+CHANNELS_OPSET = 13  # in which QuantizeLinear has an axis
 COLUMNS = (
     "", "top-1", "agrees with float", "SQNR dB", "size kB", "ms", "float / this",
     "quantize_static / this", "CPU s",
@@ -58,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         makers = {
-            "`quantize_static` W8A8": lambda path: _static(options.model, path, calibration),
+            "`quantize_static` W8A8": lambda path: static(options.model, path, calibration),
             "onnx_attnround W8A8": lambda path: _ours(options, path, preprocess, bits=8),
             "onnx_attnround W4A8, packed": lambda path: _ours(options, path, preprocess, bits=4),
         }
@@ -88,13 +90,20 @@ class _Reader:
         return next(self._batches, None)
 
 
-def _static(model: Path, output: Path, calibration: Samples) -> None:
+def static(model: Path, output: Path, calibration: Samples) -> None:
+    """``quantize_static`` behind its own preparation, in an opset with scales per channel."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = output.with_suffix(".prepared.onnx")
     logging.disable(logging.WARNING)
-    quant_pre_process(str(model), str(prepared))
+    try:
+        quant_pre_process(str(model), str(prepared))
+    except Exception:  # its inference of shapes gives up on symbols in many ways
+        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    loaded = onnx.load(prepared)
+    if next(each.version for each in loaded.opset_import if not each.domain) < CHANNELS_OPSET:
+        onnx.save(onnx.version_converter.convert_version(loaded, CHANNELS_OPSET), prepared)
     quantize_static(
         str(prepared),
         str(output),
@@ -129,7 +138,7 @@ def _print(
     used = {**versions(), "Python": platform.python_version()}
     print(", ".join(f"{name} {version}" for name, version in used.items()) + "\n")
     print("| " + " | ".join(COLUMNS) + " |\n|---" + "|--:" * (len(COLUMNS) - 1) + "|")
-    medians = _latencies(files, evaluation)
+    medians = latencies(files, evaluation)
     expected = _outputs(files["float"], evaluation)
     for label, path in files.items():
         got = expected if label == "float" else _outputs(path, evaluation)
@@ -164,15 +173,19 @@ def _outputs(path: Path, evaluation: Samples) -> np.ndarray:
     return np.concatenate([session.run([name], feeds)[0] for feeds in batches])
 
 
-def _latencies(files: Mapping[str, Path], samples: Samples) -> dict[str, float]:
+def latencies(
+    files: Mapping[str, Path],
+    samples: Samples,
+    batch: int = LATENCY_BATCH,
+    rounds: int = LATENCY_ROUNDS,
+) -> dict[str, float]:
     """Median milliseconds for one batch on one thread; the models take turns."""
-    feeds = next(samples.batches(LATENCY_BATCH))
+    feeds = next(samples.batches(batch))
     sessions = {label: open_session(path, threads=1) for label, path in files.items()}
     for session in sessions.values():
         session.run(None, feeds)
     times = [
-        [_milliseconds(session, feeds) for session in sessions.values()]
-        for _ in range(LATENCY_ROUNDS)
+        [_milliseconds(session, feeds) for session in sessions.values()] for _ in range(rounds)
     ]
     return dict(zip(sessions, np.median(times, axis=0), strict=True))
 
