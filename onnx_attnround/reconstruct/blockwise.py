@@ -37,6 +37,7 @@ from onnx_attnround.reconstruct.trained_block import QuantisedBlock, Tensors
 from onnx_attnround.reconstruct.walk import BlockBatch, BlockWalk, open_place
 from onnx_attnround.records import (
     BlockRounding,
+    LayerPlan,
     LayerRounding,
     QuantParams,
     QuantPlan,
@@ -181,7 +182,7 @@ class _Refinement:
                 continue
             bits = roundings[planned.node].spec.bits
             layer = open_layer(self._model, planned, self._result.params, bits, self._device)
-            inputs = self._layer_inputs(self._quantised(shadow, roundings), planned.x)
+            inputs = self._layer_inputs(self._quantised(shadow, roundings), planned)
             with torch_threads(layer, self._config.threads), torch.no_grad():
                 moments = moments_of(layer, inputs, self._walk.samples, None)
                 if moments.finite:
@@ -190,10 +191,14 @@ class _Refinement:
         return roundings
 
     def _layer_inputs(
-        self, block: QuantisedBlock, name: str
+        self, block: QuantisedBlock, layer: LayerPlan
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Per batch what a layer reads in the float model, and in the quantised one."""
-        for batch in self._batches():
+        """Per batch what a layer reads in the float model, and in the quantised one.
+
+        Padded tokens are NaN in the former, as ``Walk.inputs`` has them.
+        """
+        for number in range(self._walk.count):
+            batch = self._walk.batch(self._index, number)
             plain: dict[str, torch.Tensor] = dict(_tensors(batch.plain))
 
             def keep(
@@ -205,10 +210,8 @@ class _Refinement:
             block.shadow(plain.copy(), None, keep)
             seen: dict[str, torch.Tensor] = {}
             block.forward(_tensors(batch.quantised), seen)
-            yield plain[name], seen[name]
-
-    def _batches(self) -> Iterator[BlockBatch]:
-        return (self._walk.batch(self._index, number) for number in range(self._walk.count))
+            x = plain[layer.x]
+            yield self._walk.cleared(x, number) if layer.is_matrix else x, seen[layer.x]
 
     def _train(self, block: QuantisedBlock) -> None:
         """Adam with cosine decay, on minibatches of stored batches in random order."""

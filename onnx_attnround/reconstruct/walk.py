@@ -47,6 +47,27 @@ def open_place(config: QuantConfig) -> Iterator[Place]:
         yield Place(store, device, config.threads)
 
 
+class _Padding:
+    """Which tokens pad each batch: noted while the batches go by, for what is compared later."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._mask = find_mask(model)
+        self._tokens: list[Array | None] = []
+
+    def noted(self, batches: Iterator[Feeds]) -> Iterator[Feeds]:
+        """The batches, as they are."""
+        for feeds in batches:
+            self._tokens.append(tokens(feeds, self._mask))
+            yield feeds
+
+    def cleared(self, values: torch.Tensor, batch: int) -> torch.Tensor:
+        """A tensor of this batch, NaN at padded tokens, so that no sum counts them."""
+        kept = counted(tuple(values.shape), self._tokens[batch])
+        if kept is None or not values.is_floating_point():
+            return values  # of integers a block has no loss
+        return values.masked_fill(torch.from_numpy(~kept[..., None]).to(values.device), math.nan)
+
+
 class Walk:
     """The two streams. Call ``advance(k)``, read ``inputs(k)``, quantise layer ``k``, and so on.
 
@@ -67,9 +88,9 @@ class Walk:
     ) -> None:
         names = [layer.node for layer in layers]
         self._layers = layers
-        self._mask = find_mask(model)
-        self._tokens: list[Array | None] = []
-        self._feeds = _placed(self._seen(samples.batches(batch_size)), place.device)
+        self._padding = _Padding(model)
+        batches = self._padding.noted(samples.batches(batch_size))
+        self._feeds = _placed(batches, place.device)
         taken: dict[str, str] = {}
         if quantised is not None:
             taken = take_choices(quantised, model, parted_choices(model, quantised))
@@ -102,17 +123,7 @@ class Walk:
         by_token = self._layers[index].is_matrix
         for batch in range(self._batches):
             x, v = plain.layer_input(index, batch), quantised.layer_input(index, batch)
-            kept = counted(tuple(x.shape), self._tokens[batch]) if by_token else None
-            if kept is not None:
-                padded = torch.from_numpy(~kept[..., None]).to(x.device)
-                x = x.masked_fill(padded, math.nan)
-            yield x, v
-
-    def _seen(self, batches: Iterator[Feeds]) -> Iterator[Feeds]:
-        """The batches, while it is noted which of their tokens count."""
-        for feeds in batches:
-            self._tokens.append(tokens(feeds, self._mask))
-            yield feeds
+            yield self._padding.cleared(x, batch) if by_token else x, v
 
 
 @contextmanager
@@ -132,7 +143,8 @@ def walking(
 class BlockBatch:
     """One batch at a block: its inputs in both models, before quantisation, and float outputs.
 
-    Tensors by their names in the float model, each ``[n, ...]``.
+    Tensors by their names in the float model, each ``[n, ...]``; the outputs are NaN at
+    padded tokens.
     """
 
     plain: Mapping[str, Value]
@@ -163,7 +175,8 @@ class BlockWalk:
         names = [[layer.node for layer in block] for block in blocks]
         self.samples = samples.count
         self.device = place.device
-        self._feeds = _placed(samples.batches(batch_size), place.device)
+        self._padding = _Padding(model)
+        self._feeds = _placed(self._padding.noted(samples.batches(batch_size)), place.device)
         self.model = model.clone()
         """The float model, with what it chooses and draws as inputs, as blocks read them."""
         nodes = parted_choices(model, quantised)
@@ -203,8 +216,15 @@ class BlockWalk:
                 for name in inputs
             },
             quantised=quantised,
-            outputs={name: self._plain.get(name, batch) for name in outputs},
+            outputs={
+                name: self.cleared(values, batch) if isinstance(values, torch.Tensor) else values
+                for name, values in ((name, self._plain.get(name, batch)) for name in outputs)
+            },
         )
+
+    def cleared(self, values: torch.Tensor, batch: int) -> torch.Tensor:
+        """What the float model computes on a batch, NaN at tokens that are padding."""
+        return self._padding.cleared(values, batch)
 
 
 def _placed(batches: Iterator[Feeds], device: torch.device) -> Iterator[dict[str, Value]]:

@@ -88,12 +88,13 @@ def padded(count: int, scale: float, seed: int = 0) -> dict[str, Array]:
     return {"x": x.astype(np.float32), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("method", ["nearest", "attention"])
-def test_padding_changes_nothing(method: str) -> None:
-    config = QuantConfig(
-        method=method, weight_bits=4, first_last_bits=4, observer="minmax", steps=5
-    )
+@pytest.mark.parametrize(
+    "how", [{"method": "nearest"}, {"method": "attention"}, {"reconstruct": "block"}], ids=str
+)
+def test_padding_changes_nothing(how: dict[str, str]) -> None:
+    config = QuantConfig(weight_bits=4, first_last_bits=4, observer="minmax", steps=5, **how)
     small, large = (quantize(encoder(), padded(128, scale), config) for scale in (0.0, 300.0))
+    assert not any(block.skipped for block in (*small.blocks, *large.blocks))
     for node, rounding in small.roundings.items():
         other = large.roundings[node]
         assert (rounding.codes == other.codes).mean() > 0.999
