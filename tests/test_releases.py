@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -79,6 +80,47 @@ def test_files_run_in_the_oldest_release_that_is_named(
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), newest, rtol=1e-3, atol=1e-3)
     if too_old is not None:
         assert in_release(too_old, *arguments).returncode != 0
+
+
+COUNT = """
+import sys, collections, onnx, onnxruntime
+onnxruntime.set_default_logger_severity(4)
+options = onnxruntime.SessionOptions()
+options.optimized_model_filepath = sys.argv[1] + ".optimised"
+onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+nodes = onnx.load(options.optimized_model_filepath).graph.node
+print(*sorted(node.op_type for node in nodes if node.op_type.startswith("Q")))
+"""
+
+
+@pytest.mark.parametrize("release", ["1.17.3", "1.20.1", "1.23.2", "1.24.4"])
+def test_older_releases_fuse_all_layers(release: str, tmp_path: Path) -> None:
+    """Among others, layers whose bias has no zero point."""
+    save(digits("int8", 8).model, tmp_path / "model.onnx")
+    done = in_release(release, "-c", COUNT, tmp_path / "model.onnx")
+    assert done.returncode == 0, done.stderr
+    fused = Counter(done.stdout.split())
+    assert (fused["QLinearConv"], fused["QGemm"], fused["QLinearAdd"]) == (8, 1, 3)
+
+
+def test_what_the_check_says_of_amx_is_so(tmp_path: Path) -> None:
+    """The stem has 24 outputs."""
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.is_file() or "amx_int8" not in cpu.read_text():
+        pytest.skip("this CPU has no AMX")
+    config = QuantConfig(method="nearest", threads=1)
+    result = quantize(MODELS / "digits_mobilenet.onnx", images(), config)
+    assert "half-full-tiles" in {finding.rule for finding in result.checked.findings}
+    save(result.model, tmp_path / "model.onnx")
+    np.save(tmp_path / "input.npy", images())
+    newest = open_session(result.model, threads=1).run(None, {"input": images()})[0]
+    for release, right in (("1.20.1", True), ("1.24.4", False)):
+        output = tmp_path / f"{release}.npy"
+        done = in_release(
+            release, "-c", RUN, tmp_path / "model.onnx", tmp_path / "input.npy", output
+        )
+        assert done.returncode == 0, done.stderr
+        assert np.allclose(np.load(output), newest, rtol=1e-3, atol=1e-3) == right
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])

@@ -71,5 +71,5 @@ def test_all_codes_are_for_cpus_that_have_it(models_dir: Path, tmp_path: Path) -
     out = tmp_path / "out.onnx"
     checked = converted(models_dir, "mobilenet", out, weight_range="full").checked
     assert checked.fits_int16 is False
-    assert {finding.rule for finding in checked.findings} == {"pairs-beyond-int16"}
+    assert "pairs-beyond-int16" in {finding.rule for finding in checked.findings}
     assert agreement(models_dir, out, tmp_path) < 35

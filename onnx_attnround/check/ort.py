@@ -5,6 +5,7 @@ Each rule was tried on ONNX Runtime 1.31.1 (docs/targets.md).
 
 from __future__ import annotations
 
+from onnx_attnround.check.amx import half_full_tiles
 from onnx_attnround.check.rules import COMMON, Findings, Rule, operators_on_integers
 from onnx_attnround.check.saturation import pairs_beyond_int16
 from onnx_attnround.check.view import View
@@ -92,5 +93,6 @@ RULES = (
     Rule(clipped_low_bit_weights, refused=False),
     Rule(zero_point_missing, refused=False),
     Rule(pairs_beyond_int16, refused=False),
+    Rule(half_full_tiles, refused=False),
     Rule(operators_on_integers, refused=False),
 )

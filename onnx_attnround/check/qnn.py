@@ -1,4 +1,7 @@
-"""QNN and SNPE: what their ONNX converters want of a quantised file; they were not run."""
+"""QNN and SNPE: what their ONNX converters want of a quantised file; they were not run.
+
+From their documentation, and from the sources and tests of ONNX Runtime's provider for QNN.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from onnx_attnround.check.rules import (
 from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View, bias_fits, constant, is_zero
 
 _ACTIVATIONS = {"UINT8": 8, "UINT16": 16}
+_SIGNED = {"INT8": 8, "INT16": 16}
 _WEIGHTS = {"INT4", "INT8", "INT16"}
 _LEAST_RANGE = 1e-4
 _PER_TENSOR = frozenset({"Gemm", "MatMul"})
@@ -54,10 +58,20 @@ def _only_quantised(view: View, value: ir.Value) -> bool:
 
 
 def activation_type(view: View) -> Findings:
-    """Activations are UINT8 or UINT16."""
+    """Activations have 8 or 16 bits."""
     for link in view.activations(QUANTISE):
-        if link.codes.name not in _ACTIVATIONS:
+        if link.codes.name not in _ACTIVATIONS and link.codes.name not in _SIGNED:
             yield link.name, f"{link.codes.name} activation: QNN takes UINT8 and UINT16"
+
+
+def signed_activation(view: View) -> Findings:
+    """All operators take activations without a sign, and some those with one."""
+    for link in view.activations(QUANTISE):
+        if link.codes.name in _SIGNED:
+            yield link.name, (
+                f"{link.codes.name} activation: only some of QNN's operators take it; all take "
+                f"U{link.codes.name}"
+            )
 
 
 def weight_type(view: View) -> Findings:
@@ -77,10 +91,13 @@ def weight_zero_point(view: View) -> Findings:
 
 
 def matrix_per_channel(view: View) -> Findings:
-    """The weight of a MatMul has one scale."""
+    """The weight of a MatMul has one scale, which every QNN takes."""
     for layer in view.layers:
         if layer.node.op_type in _PER_TENSOR and layer.weight and not layer.weight.per_tensor:
-            yield layer.name, "its weight has one scale per channel: give it one in all"
+            yield layer.name, (
+                "its weight has one scale per channel, which only newer releases take, under "
+                "16-bit activations: give it one in all"
+            )
 
 
 def bias_scale(view: View) -> Findings:
@@ -123,11 +140,12 @@ RULES = (
     *COMMON,
     Rule(tensor_without_range),
     Rule(activation_type),
+    Rule(signed_activation, refused=False),
     Rule(activation_per_channel),
     Rule(weight_type),
     Rule(weight_zero_point),
     Rule(weight_axis),
-    Rule(matrix_per_channel),
+    Rule(matrix_per_channel, refused=False),
     Rule(bias_scale),
     Rule(range_too_narrow),
     Rule(partial_range),

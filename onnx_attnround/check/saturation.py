@@ -33,7 +33,7 @@ _BARE = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
+class Product:
     """A node that multiplies ``weight``, in codes, with ``x``, codes of activations."""
 
     node: ir.Node
@@ -46,7 +46,7 @@ def pairs_beyond_int16(view: View) -> Findings:
     """No two products of a row add up to more than int16 holds."""
     if not view.target.int16_pairs:
         return
-    for product in _products(view):
+    for product in products(view):
         codes = constant(product.weight)
         if codes is None or codes.dtype.name != "INT8":
             continue
@@ -62,12 +62,12 @@ def pairs_beyond_int16(view: View) -> Findings:
 
 def fits_int16(view: View, findings: Iterable[Finding]) -> bool | None:
     """Whether the rule found nothing; ``None`` where no pairs are added in 16 bits."""
-    if not view.target.int16_pairs or next(_products(view), None) is None:
+    if not view.target.int16_pairs or next(products(view), None) is None:
         return None
     return all(found.rule != Rule(pairs_beyond_int16).name for found in findings)
 
 
-def _products(view: View) -> Iterator[_Product]:
+def products(view: View) -> Iterator[Product]:
     """The nodes that the runtime computes in integer, or would."""
     for layer in view.layers:
         if layer.node.op_type not in view.target.weighted:
@@ -76,14 +76,14 @@ def _products(view: View) -> Iterator[_Product]:
             continue
         if layer.x.codes.name in ("INT8", "UINT8"):
             codes = (link.node.inputs[0] for link in (layer.x, layer.weight))
-            yield _Product(layer.node, layer.node.op_type, *codes)
+            yield Product(layer.node, layer.node.op_type, *codes)
     for node in view.model.graph.all_nodes():
         if node.op_type in _BARE:
             op_type, index = _BARE[node.op_type]
-            yield _Product(node, op_type, node.inputs[0], node.inputs[index])
+            yield Product(node, op_type, node.inputs[0], node.inputs[index])
 
 
-def _largest_pair(product: _Product, codes: Array) -> int:
+def _largest_pair(product: Product, codes: Array) -> int:
     """The largest magnitude of the sum of two codes of one sign in a row; 0 if none are added."""
     attributes = attributes_of(product.node)
     if is_depthwise(product.op_type, attributes, codes.shape):

@@ -157,10 +157,9 @@ def _bias_tensors(
     if scale is None:
         return [_tensor(rounding.bias, ir.DataType.FLOAT, f"{layer.node}/bias")]
     codes = np.rint(rounding.bias.astype(np.float64) / scale)
-    return [
+    return [  # without a zero point, which ONNX has for no INT32, and WebGPU refuses
         _tensor(codes, ir.DataType.INT32, f"{layer.node}/bias_codes"),
         _tensor(scale, ir.DataType.FLOAT, f"{layer.node}/bias_scale"),
-        _tensor(np.zeros_like(codes), ir.DataType.INT32, f"{layer.node}/bias_zero_point"),
     ]
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 from qdq_builder import Builder
+from test_saturation import product
 
 from onnx_attnround import OutputError, QuantConfig, check_model, quantize
 from onnx_attnround.__main__ import main
@@ -253,7 +254,9 @@ CASES = [
     Case(QNN, "tensor-without-range", "(input x)", lambda: float_input("UINT8"),
          frozenset({"half-quantised"})),
     Case(QNN, "tensor-without-range", "s", lambda: added(False)),
-    Case(QNN, "activation-type", "in/q", lambda: conv(SIGNED, bias="int32", output={})),
+    Case(QNN, "activation-type", "in/q",
+         lambda: conv({"dtype": "INT4"}, {}, {}, "int32", opset=21, ir_version=10)),
+    Case(QNN, "signed-activation", "in/q", lambda: conv(SIGNED, bias="int32", output={})),
     Case(QNN, "activation-per-channel", "in/q",
          lambda: conv(PER_CHANNEL, bias="int32", output={})),
     Case(QNN, "weight-type", "y", lambda: conv({}, {"dtype": "UINT8"}, {}, "int32")),
@@ -296,6 +299,7 @@ CASES = [
     Case(ORT, "zero-point-missing", "y",
          lambda: conv({}, {"point": None}, op="Gemm", bias="int32")),
     Case(ORT, "pairs-beyond-int16", "y", lambda: conv({}, {"highest": 127}, {}, "int32")),
+    Case(ORT, "half-full-tiles", "(model)", lambda: product(np.ones((8, 24)))),
     Case(ORT, "operators-on-integers", "(model)", integer_operator),
 ]  # fmt: skip
 
