@@ -857,7 +857,7 @@ def test_the_sample_models_deploy_on_every_target(
     """What is written is clean; where its runtime is, all runs in integer and agrees."""
     config = QuantConfig(target=target, method="nearest")
     result = quantize(models_dir / f"{name}.onnx", models_dir / "digits_calib.npz", config)
-    assert result.checked.findings == ()
+    assert {finding.rule for finding in result.checked.findings} <= {"half-full-tiles"}
     assert dict(result.checked.fusion.fallen) == {}
     assert result.checked.fusion.integer_share == 1.0
     samples = np.load(models_dir / "digits_eval.npz")["input"]
