@@ -30,6 +30,8 @@ def checked_output(model: ir.Model, plan: QuantPlan, samples: Samples | None) ->
 def _advice(node: str, plan: QuantPlan) -> str:
     """A remedy for a finding on ``node``, which may be one that the writer added."""
     other = "choose another `target`"
+    if node.startswith("("):  # the model, or one of its ends
+        return f"`exclude` layers, or {other}"
     tensor = node.removesuffix("/quantize").removesuffix("/dequantize")
     if plan.target.placement == "everything" and node not in {one.node for one in plan.layers}:
         return other
