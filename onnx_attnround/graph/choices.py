@@ -149,9 +149,11 @@ def _dtype(value: ir.Value) -> ir.DataType | None:
     version = node.version or (node.graph.opset_imports.get(node.domain) if node.graph else None)
     if version is None or not onnx.defs.has(node.op_type, node.domain):
         return None
-    outputs = onnx.defs.get_schema(node.op_type, version, node.domain).outputs
-    kinds = outputs[min(value.index() or 0, len(outputs) - 1)].types
-    name = next(iter(kinds)).removeprefix("tensor(").removesuffix(")")
+    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    kind = schema.outputs[min(value.index() or 0, len(schema.outputs) - 1)].type_str
+    allowed = {each.type_param_str: each.allowed_type_strs for each in schema.type_constraints}
+    kinds = allowed.get(kind, [kind])  # a parameter of types, or a type itself
+    name = kinds[0].removeprefix("tensor(").removesuffix(")")
     known = {"int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
     return known.get(name) if len(kinds) == 1 else None
 
