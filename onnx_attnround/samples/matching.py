@@ -215,12 +215,17 @@ def _preprocessed(stream: Stream, preprocess: Preprocess) -> Stream:
 
 
 def _check_dtype(stream: Stream, spec: InputSpec) -> None:
-    kinds = {"f": "f", "i": "iu", "u": "iu"}.get(spec.dtype.kind, "")
+    kinds = {"f": "f", "i": "iu", "u": "iu", "O": "U"}.get(spec.dtype.kind, "")
     if stream.dtype != spec.dtype and stream.dtype.kind not in kinds:
         raise CalibrationError(
-            f"{stream.label}: got {stream.dtype}, expected {spec.dtype} for input '{spec.name}': "
-            "save the array in that type"
+            f"{stream.label}: got {stream.dtype}, expected {_called(spec.dtype)} for input "
+            f"'{spec.name}': save the array in that type"
         )
+
+
+def _called(dtype: np.dtype[Any]) -> str:
+    """The type of an input as files have it: text is no Python object there."""
+    return "text" if dtype.kind == "O" else str(dtype)
 
 
 def _cast(chunk: Array, dtype: np.dtype[Any], label: str, start: int) -> Array:
@@ -229,6 +234,8 @@ def _cast(chunk: Array, dtype: np.dtype[Any], label: str, start: int) -> Array:
         with np.errstate(over="ignore"):
             cast = chunk.astype(dtype, copy=False)
         wrong, what = ~np.isfinite(cast), f"NaN, Inf or a value beyond {dtype}"
+    elif dtype.kind == "O":
+        return chunk.astype(dtype)  # text, as ONNX Runtime has it
     elif chunk.dtype != dtype:
         cast = chunk.astype(dtype)
         info = np.iinfo(dtype)
