@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnx_attnround.check import openvino_session
 from onnx_attnround.check.rules import Finding
-from onnx_attnround.check.view import DEQUANTISE, View
+from onnx_attnround.check.view import DEQUANTISE, QUANTISE, View
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import choices, input_specs, take_choices, with_outputs
 from onnx_attnround.records import Array
@@ -35,6 +35,7 @@ FACTOR = 2.0
 """The ratio to these runs, of magnitudes and of squared distances, that passes for one of them."""
 _WHOLE = "(model)"
 DOES_NOT_RUN = "does-not-run"
+NAN_IS_ROUNDED = "nan-is-rounded"
 
 Feed = Mapping[str, Array]
 
@@ -65,6 +66,14 @@ def find_faults(view: View, feed: Feed) -> Iterator[Finding]:
             view, feed = tied
             found = _run_optimised(view, feed)
             wanted = _run_ort(view, view.model, feed, optimise=False)
+        if _off(wanted, found) and (finite := _without_nan(view, feed)) is not None:
+            if not finite:
+                why = "each sample makes NaN, to which runtimes give what code they like"
+                yield Finding(rule=NAN_IS_ROUNDED, node=_WHOLE, why=why, refused=False)
+                return
+            feed = finite
+            found = _run_optimised(view, feed)
+            wanted = _run_ort(view, view.model, feed, optimise=False)
     except ModelError:  # some kernels exist only for what the optimiser makes
         return
     yield from _differences(view, feed, wanted, found)
@@ -81,6 +90,28 @@ def _on_same_choices(view: View, feed: Feed) -> tuple[View, Feed] | None:
     values = _run_ort(view, lent, feed, optimise=False)
     given = {name: values[source] for name, source in taken.items()}
     return View(copy, view.target), {**feed, **given}
+
+
+def _without_nan(view: View, feed: Feed) -> Feed | None:
+    """The samples, in rows of ``feed``, of which no Q reads NaN; ``None`` if there is no NaN.
+
+    Such are positions that are masked throughout, behind their Softmax. ONNX does not say
+    which code NaN has.
+    """
+    main = view.model.graph
+    read = {link.node.inputs[0] for link in view.links if link.node.op_type == QUANTISE}
+    names = [value.name or "" for node in main for value in node.outputs if value in read]
+    values = _run_ort(view, with_outputs(view.model, names), feed, optimise=False)
+    sizes = {np.shape(array)[:1] for array in feed.values()}
+    rows = sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 1
+    bad = np.zeros(rows, bool)
+    for name in names:
+        found = np.isnan(values[name])
+        in_rows = found.ndim > 0 and len(found) == rows
+        bad |= found.reshape(rows, -1).any(1) if in_rows else found.any()
+    if not bad.any():
+        return None
+    return {} if bad.all() else {name: array[~bad] for name, array in feed.items()}
 
 
 def _differences(

@@ -65,6 +65,8 @@ class Activations:
     def _add_layer(self, node: ir.Node) -> None:
         x, y = node.inputs[0], self._absorbed(node.outputs[0])
         writes_codes = node.op_type not in self.target.float_output
+        if self.target.runtime == "openvino" and _is_vector(x):
+            return  # its integer kernel gives the product an axis more
         if x is None or self._stays_float(x) or (writes_codes and not self._takes_codes(y)):
             return  # without codes at both ends no integer kernel is taken, so one is of no use
         self.integer.add(name_of(node))
@@ -254,6 +256,11 @@ class Activations:
         while name in self.same_range:
             name = self.same_range[name]
         return name
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    """Whether the value is known to have one axis."""
+    return value is not None and value.shape is not None and len(value.shape) == 1
 
 
 def is_dilated_pool(node: ir.Node) -> bool:

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from checked_conversion import convert
-from small_models import build_proto
+from small_models import build, build_proto
 
-from onnx_attnround import QuantConfig, make_plan
+from onnx_attnround import QuantConfig, make_plan, quantize
 from onnx_attnround.errors import ConfigError, ModelError, OutputError
 from onnx_attnround.plan import activations
 
@@ -195,6 +195,22 @@ def test_a_pool_whose_windows_hang_over_the_padding(tmp_path: Path) -> None:
         y = Conv(p, b)
     }"""
     convert(build_proto(text), tmp_path, samples(text), sqnr=30)
+
+
+VECTORS = """net (float[16] v) => (float[8] y) <float[16,16] a, float[16,8] b> {
+    h = MatMul(v, a)
+    r = Relu(h)
+    y = MatMul(r, b)
+}"""
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-arm", "openvino", "tensorrt", "qnn"])
+def test_products_of_a_vector(target: str, tmp_path: Path) -> None:
+    """OpenVINO's integer kernel gives them an axis more; the check runs what is written."""
+    calibration = [{"v": row} for row in np.random.default_rng(0).normal(size=(64, 16))]
+    config = QuantConfig(target=target, method="nearest")
+    plan = quantize(build(VECTORS), calibration, config, output=tmp_path / "y.onnx").plan
+    assert bool(plan.activations) == (target != "openvino")
 
 
 # --- inputs that are outputs -------------------------------------------------------------
