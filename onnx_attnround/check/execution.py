@@ -101,6 +101,8 @@ def _without_nan(view: View, feed: Feed) -> Feed | None:
     main = view.model.graph
     read = {link.node.inputs[0] for link in view.links if link.node.op_type == QUANTISE}
     names = [value.name or "" for node in main for value in node.outputs if value in read]
+    if not names:
+        return None
     values = _run_ort(view, with_outputs(view.model, names), feed, optimise=False)
     sizes = {np.shape(array)[:1] for array in feed.values()}
     rows = sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 1
