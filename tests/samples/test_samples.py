@@ -226,6 +226,16 @@ def test_other_types_are_refused(given_type: object, wanted: object) -> None:
         open_samples(table(3, dtype=given_type), [spec(dtype=wanted)])
 
 
+def test_inputs_of_text_take_arrays_of_text(tmp_path: Path) -> None:
+    words = np.array(["a", "bc", "d"])
+    np.savez(tmp_path / "x.npz", x=words)
+    for source in ({"x": words}, tmp_path / "x.npz"):
+        read = joined(open_samples(source, [spec(shape=(None,), dtype=object)]))
+        assert read.dtype == object and read.tolist() == words.tolist()
+    with pytest.raises(CalibrationError, match="got float32, expected text for input 'x'"):
+        open_samples({"x": table(3, 1)[:, 0]}, [spec(shape=(None,), dtype=object)])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e60])
 def test_values_that_are_not_finite_name_file_and_sample(tmp_path: Path, bad: float) -> None:
     x = table(9, dtype=np.float64)
