@@ -190,7 +190,12 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         raise ModelError(
             f"{where} has {status.st_nlink} hard links, which onnx refuses to read; copy the file"
         )
-    end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+    try:
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+    except ValueError as error:
+        raise ModelError(
+            f"'{path}' is not a valid ONNX model: {where}: {error}; export it again"
+        ) from error
     if status.st_size < end:
         raise ModelError(
             f"{where} has {status.st_size} bytes, expected at least {end}; "
