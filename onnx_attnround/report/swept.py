@@ -21,7 +21,8 @@ class Swept:
 
     ``status`` is done, gate missed or failed, and ``message`` says why it is not done. ``figures``
     hold ``bytes``, ``float_bytes``, ``sqnr_db``, ``agreement``, ``top1``, ``float_top1``,
-    ``speedup``, ``integer_share`` and ``basis`` of a model that was made and measured.
+    ``speedup``, ``integer_share`` and ``basis`` of a model that was made and measured, ``None``
+    where there is none: a speed is that of ONNX Runtime, and is told for its targets alone.
     """
 
     name: str
@@ -36,9 +37,9 @@ class Swept:
 
 def swept_table(found: Sequence[Swept]) -> Rows:
     """A row for each job."""
-    headers = "bytes", "smaller", "SQNR", "agreement", "top-1", "speed in ORT", "seconds"
+    headers = "bytes", "smaller", "SQNR", "agreement", "top-1", "speed", "seconds"
     return Rows(
-        ("job", "target", "preset", *(f">{name}" for name in headers), "result"),
+        ("job", *(f">{name}" for name in headers), "result"),
         [_cells(each) for each in found],
     )
 
@@ -50,8 +51,6 @@ def _cells(each: Swept) -> list[str]:
     known = {key: figures.get(key) for key in told}
     return [
         each.name,
-        each.target,
-        each.preset,
         "" if made is None else size(made),
         "" if made is None or before is None else f"{before / made:.2f}x",
         *("" if known[key] is None else form.format(known[key]) for key, form in told.items()),

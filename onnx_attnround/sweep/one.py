@@ -67,6 +67,7 @@ def _reported(job: Job, result: QuantizeResult) -> dict[str, Any]:
     found = result.verification
     if found is None:
         return {}
+    at_home = result.plan.target.runtime == "onnxruntime"
     worst, accuracy = found.worst_output, found.accuracy
     agreements = [each.agreement for each in found.outputs if each.agreement is not None]
     return {
@@ -76,7 +77,7 @@ def _reported(job: Job, result: QuantizeResult) -> dict[str, Any]:
         "agreement": min(agreements) if agreements else None,
         "float_top1": None if accuracy is None else accuracy.float_top1,
         "top1": None if accuracy is None else accuracy.quantised_top1,
-        "speedup": found.latency.speedup,
+        "speedup": found.latency.speedup if at_home else None,
         "integer_share": result.checked.fusion.integer_share,
         "basis": found.basis,
     }
