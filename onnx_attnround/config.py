@@ -26,12 +26,11 @@ from pydantic.fields import FieldInfo
 from onnx_attnround.errors import ConfigError
 from onnx_attnround.goals import FORMS, Goal
 from onnx_attnround.presets import Preset, expanded
-from onnx_attnround.settings import Settings, read_toml
+from onnx_attnround.settings import Finite, Settings, read_toml
 from onnx_attnround.targets import TARGETS, BlockSize, Target, WeightStorage, get_target
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 ActBits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 def _whole(value: object) -> object:
     """A number that came as text, as from the command line, where only some are allowed."""

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Union, get_origin
+from typing import Annotated, Any, ClassVar, Union, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnx_attnround.errors import ConfigError
 
@@ -18,6 +18,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""A number, neither infinite nor NaN."""
 
 _NEAR = 0.55
 """The least likeness to a key, of 1 for the same: "evaluation" is to be near "eval"."""

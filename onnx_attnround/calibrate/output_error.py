@@ -46,7 +46,7 @@ NEGLIGIBLE = 1e-6
 KEPT = 0.5
 """An extreme that keeps less than this share of its distance from its slice's mean is lost."""
 
-Grid = tuple[float, float, float]
+Levels = tuple[float, float, float]
 """Scale, and the lowest and highest level in steps from zero."""
 
 
@@ -91,7 +91,7 @@ def _range(params: QuantParams) -> tuple[float, float]:
     return scale * low, scale * high
 
 
-def grid_of(params: QuantParams) -> Grid:
+def grid_of(params: QuantParams) -> Levels:
     """The levels that codes of ``params`` stand for."""
     zero, spec = float(params.zero_point), params.spec
     return float(params.scale), spec.qmin - zero, spec.qmax - zero

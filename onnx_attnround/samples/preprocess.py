@@ -18,14 +18,13 @@ from pydantic import Field, model_validator
 
 from onnx_attnround.errors import CalibrationError, ConfigError
 from onnx_attnround.records import Array
-from onnx_attnround.settings import Settings, read_toml
+from onnx_attnround.settings import Finite, Settings, read_toml
 
 Transform = Callable[[Any], Any]
 """What makes inputs of an item of an iterable, in place of a :class:`Preprocess`."""
 
 Pixels = Annotated[int, Field(ge=1)]
 Place = Annotated[int, Field(ge=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -23,7 +23,7 @@ from onnx_attnround.verify.causes import LayerSums, diagnosed
 from onnx_attnround.verify.compare import LAYER_BATCH, LAYER_SAMPLES, batches
 from onnx_attnround.verify.pairs import Pair, match
 from onnx_attnround.verify.results import LayerPair
-from onnx_attnround.verify.runs import Kind, Models, Outputs, Run, Step, open_one, sample_count
+from onnx_attnround.verify.runs import Forward, Kind, Models, Outputs, Step, open_one, sample_count
 from onnx_attnround.verify.sites import Codes, Site, find_sites
 
 
@@ -119,7 +119,7 @@ def _what_is_read(pair: Pair, expected: Outputs, got: Outputs) -> Array:
     return result
 
 
-def _opened(model: ir.Model, names: Sequence[str], kind: Kind, threads: int | None) -> Run:
+def _opened(model: ir.Model, names: Sequence[str], kind: Kind, threads: int | None) -> Forward:
     """A run that gives the values ``names``, those that are fed included."""
     fed = {value.name for value in model.graph.inputs}
     made = list(dict.fromkeys(name for name in names if name not in fed))
@@ -129,7 +129,7 @@ def _opened(model: ir.Model, names: Sequence[str], kind: Kind, threads: int | No
 
 def _layers_alone(
     model: ir.Model, seats: Sequence[_Seat], *, rounded: bool, threads: int | None
-) -> Run:
+) -> Forward:
     """The layers of the float model, each of which reads an input of its own.
 
     With ``rounded`` weights these are the nearest ones of as many levels as the quantised file has,

@@ -13,8 +13,9 @@ from onnx_attnround.runtime.session import open_session, told_as
 
 Feed = Mapping[str, Array]
 Outputs = Mapping[str, Any]
-Run = Callable[[Feed], dict[str, Any]]
-Runs = tuple[Run, Run]
+Forward = Callable[[Feed], dict[str, Any]]
+"""A function that runs a model: from a feed to its outputs by name."""
+Runs = tuple[Forward, Forward]
 Models = tuple[ir.Model, ir.Model]
 Kind = Literal["float", "quantised"]
 Step = Callable[[str, int], None]
@@ -31,7 +32,7 @@ def open_pair(models: Models, threads: int | None) -> Runs:
     return open_one(models[0], "float", threads), open_one(models[1], "quantised", threads)
 
 
-def open_one(model: ir.Model, kind: Kind, threads: int | None) -> Run:
+def open_one(model: ir.Model, kind: Kind, threads: int | None) -> Forward:
     """A run of one of the two; raises as :func:`open_pair`."""
     error = ModelError if kind == "float" else OutputError
     return _open(model, kind, error, threads=threads)
@@ -53,7 +54,7 @@ def sample_count(feed: Feed) -> int:
     return next((len(value) for value in feed.values() if value.ndim), 1)
 
 
-def _open(model: ir.Model, kind: Kind, error: type[AttnRoundError], **options: Any) -> Run:
+def _open(model: ir.Model, kind: Kind, error: type[AttnRoundError], **options: Any) -> Forward:
     """A function from feeds to outputs by name, whose failures are worded as ``error``."""
     remedy = "; `exclude` that node, or the layers around it" if error is OutputError else ""
     try:

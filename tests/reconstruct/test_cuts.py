@@ -63,7 +63,7 @@ def test_every_node_that_a_layer_needs_is_in_one_piece(model: ir.Model) -> None:
     assert set(runs) & varying == upstream(model, layers) & varying
 
 
-def test_stages_fit_together(model: ir.Model) -> None:
+def test_pieces_fit_together(model: ir.Model) -> None:
     """What a piece reads is there, what is released was there, and nothing is read after that."""
     pieces = cut(model, layers_of(model))
     live = {value.name for value in model.graph.inputs}
@@ -76,7 +76,7 @@ def test_stages_fit_together(model: ir.Model) -> None:
         assert set(piece.reads) <= live - gone
 
 
-def test_extracted_stages_are_valid_models(model: ir.Model) -> None:
+def test_extracted_pieces_are_valid_models(model: ir.Model) -> None:
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     for piece in cut(model, layers_of(model)):
         if piece.outputs:
@@ -180,7 +180,7 @@ def test_blocks_fit_together(model: ir.Model) -> None:
     assert {value.name for value in model.graph.outputs} <= live - gone
 
 
-def test_each_layer_is_in_the_stage_of_its_block(model: ir.Model) -> None:
+def test_each_layer_is_in_the_piece_of_its_block(model: ir.Model) -> None:
     blocks = in_pairs(model)
     for block, piece in zip(blocks, cut_blocks(model, blocks)[1:], strict=True):
         names = {node.name for node in extract(model, piece).graph}
