@@ -26,7 +26,7 @@ import onnx_attnround
 from onnx_attnround import records
 from onnx_attnround.calibrate import Calibration
 from onnx_attnround.calibrate.dynamic_ranges import DynamicRanges
-from onnx_attnround.calibrate.float_stem import FloatStem
+from onnx_attnround.calibrate.float_tensors import FloatTensors
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import OutputError
 from onnx_attnround.graph import digest_of, model_digest, write_atomic
@@ -42,7 +42,7 @@ _FREE |= {"activation_memory_mb", "weight_storage", "holdout"}
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxsim", "torch")
 _RECORDS = {
     kind.__name__: kind
-    for kind in (*vars(records).values(), Calibration, DynamicRanges, FloatStem)
+    for kind in (*vars(records).values(), Calibration, DynamicRanges, FloatTensors)
     if isinstance(kind, type) and is_dataclass(kind)
 }
 _DIGEST = hashlib.sha256().digest_size

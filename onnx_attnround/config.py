@@ -116,11 +116,11 @@ class QuantConfig(Settings):
         "run, for what MatMul alone reads; auto, each run where layers and outputs gain by it. "
         "With dynamic ranges a sample's result depends on its batch",
     )
-    float_stem: Literal["auto", "never"] = _key(
+    float_tensors: Literal["auto", "never"] = _key(
         _BITS,
         "auto",
-        "Whether the first activations stay float where, rounded, they alone cause most of the "
-        "error at the outputs",
+        "Whether activations stay float that, rounded, cause much of the error at the outputs, and "
+        "cost little time in float",
     )
     method: Literal["attention", "adaround", "nearest"] = _key(
         _METHOD, "attention", "How weights are rounded"

@@ -10,7 +10,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "w4a8": {"weight_bits": 4, "act_bits": 8},
     "w4a16": {"weight_bits": 4, "act_bits": 16},
     "mixed4": {"mean_bits": 4, "act_bits": 8},
-    "fast": {"weight_bits": 8, "act_bits": 8, "float_stem": "never"},
+    "fast": {"weight_bits": 8, "act_bits": 8, "float_tensors": "never"},
     "small": {"weight_bits": 4, "first_last_bits": 4, "embedding_bits": 4, "act_bits": 8},
 }
 """Settings by the name of what people ask for; any that is given itself goes before."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,9 +101,9 @@ def grid_of(params: QuantParams) -> Levels:
 class RoundedModel:
     """The float model, whose activations are rounded to the grids of each run.
 
-    ``names`` are the tensors that a run may round; ``dynamic`` are always rounded, over the
-    range that they have in each run. Raises ``CalibrationError`` where ONNX
-    Runtime fails on the ``samples``.
+    ``names`` are the tensors that a run may round, which takes time also where it does not;
+    ``dynamic`` are always rounded, over the range that they have in each run. Raises
+    ``CalibrationError`` where ONNX Runtime fails on the ``samples``.
     """
 
     def __init__(
@@ -114,34 +115,56 @@ class RoundedModel:
         *,
         dynamic: Collection[str] = (),
     ) -> None:
-        self.names = [name for name in names if name not in model.graph.initializers]
-        rounded = _with_dynamic_ranges(_with_grids(model, self.names), dynamic)
-        self._session = open_session(rounded, threads=config.threads, device=config.device)
-        self._outputs = [o.name for o in self._session.get_outputs() if "float" in o.type]
+        self._model, self._config, self._dynamic = model, config, dynamic
         self._feeds = list(_judged(samples, min(config.batch_size, BATCH)))
+        self._round(names)
         plain = open_session(model, threads=config.threads, device=config.device)
         expected = [run_on_samples(plain, self._outputs, feeds) for feeds in self._feeds]
         self._slices = [Slices(batches) for batches in zip(*expected, strict=True)]
+
+    def only(self, names: Sequence[str]) -> RoundedModel:
+        """The same on the same samples, of which a run may round these tensors alone."""
+        result = copy(self)
+        result._round(names)
+        return result
+
+    def _round(self, names: Sequence[str]) -> None:
+        self.names = [name for name in names if name not in self._model.graph.initializers]
+        rounded = _with_dynamic_ranges(_with_grids(self._model, self.names), self._dynamic)
+        threads, device = self._config.threads, self._config.device
+        self._session = open_session(rounded, threads=threads, device=device)
+        self._outputs = [o.name for o in self._session.get_outputs() if "float" in o.type]
 
     def judge(self, params: Mapping[str, QuantParams]) -> tuple[int, float]:
         """How many extremes of the outputs are lost, and the error.
 
         Tensors that are not in ``params`` stay float.
 
-        The error is the mean over samples and float outputs of a logarithm (base e): that of
-        the mean over the slices of an output, along each axis of moderate length, of error
+        The error is the mean of the logarithms (base e) of those of samples and outputs, so that
+        no single hard sample decides.
+        """
+        found = self._compare(params)
+        logs = [np.log(NEGLIGIBLE + errors) for errors, _ in found]
+        lost = sum(missing for _, missing in found)
+        return lost, float(np.concatenate(logs).mean()) if logs else 0.0
+
+    def errors(self, params: Mapping[str, QuantParams]) -> list[Array]:
+        """The error of each sample, for each float output.
+
+        It is the mean over the slices of an output, along each axis of moderate length, of error
         power over the slice's mean power; half of it weighted by the square of what is
         expected, so that the few large values of a slice are not lost among the many small.
-        By the logarithm no single hard sample decides.
         """
+        return [errors for errors, _ in self._compare(params)]
+
+    def _compare(self, params: Mapping[str, QuantParams]) -> list[tuple[Array, int]]:
+        """The errors of each output, and how many of its extremes are lost."""
         grids = self._table(params)
         got = [self.outputs({**feeds, **grids}) for feeds in self._feeds]
-        lost, logs = 0, list[Array]()
-        for slices, batches in zip(self._slices, zip(*got, strict=True), strict=True):
-            errors, missing = slices.compare(batches)
-            lost += missing
-            logs.append(np.log(NEGLIGIBLE + errors))
-        return lost, float(np.concatenate(logs).mean()) if logs else 0.0
+        return [
+            slices.compare(batches)
+            for slices, batches in zip(self._slices, zip(*got, strict=True), strict=True)
+        ]
 
     def error(self, params: Mapping[str, QuantParams]) -> float:
         """The error alone, as :meth:`judge` has it."""
@@ -256,7 +279,7 @@ class Slices:
         """
         got = self._joined(batches)
         if got.shape != self.expected.shape:
-            return np.ones(sum(self._rows)), 0
+            return np.ones(len(self._sliced(self.expected, self._axes[0]))), 0
         found, lost = [], 0
         for axis, along in zip(self._axes, self._along, strict=True):
             expected, other = self._sliced(self.expected, axis), self._sliced(got, axis)

@@ -22,7 +22,7 @@ from onnx_attnround.pipeline.activations import (
     plan_parted,
     ranges_of,
     with_dynamic_ranges,
-    with_float_stem,
+    with_float_tensors,
 )
 from onnx_attnround.pipeline.log import log_notes, logged
 from onnx_attnround.pipeline.memory_limit import within_limit
@@ -203,7 +203,7 @@ def prepare(
     with run.stage("calibrate"):
         ranges = ranges_of(run, simplified, plan, samples, observers)
         run.notes += left_out_note(ranges)
-        simplified, plan, ranges = with_float_stem(run, simplified, plan, ranges, samples)
+        simplified, plan, ranges = with_float_tensors(run, simplified, plan, ranges, samples)
         plan, ranges = with_dynamic_ranges(run, simplified, plan, ranges, samples, observers)
     if plan.dynamic:
         given = _in_batches(given, 1)  # as its range is found over all of a batch

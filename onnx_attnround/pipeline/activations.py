@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.calibrate.dynamic_ranges import DynamicRanges, choose_dynamic
-from onnx_attnround.calibrate.float_stem import FloatStem, find_float_stem
+from onnx_attnround.calibrate.float_tensors import FloatTensors, find_float_tensors
 from onnx_attnround.calibrate.output_error import JUDGED_SAMPLES
 from onnx_attnround.checkpoint import TAKEN
 from onnx_attnround.config import QuantConfig
@@ -66,29 +66,29 @@ def ranges_of(
     return found
 
 
-def with_float_stem(
+def with_float_tensors(
     run: Run, model: ir.Model, plan: QuantPlan, ranges: Calibration, samples: Samples | None
 ) -> tuple[ir.Model, QuantPlan, Calibration]:
-    """Model, plan and ranges once more, where the first activations had better stay float."""
+    """Model, plan and ranges once more, where some activations had better stay float."""
     config = run.config
     floats = plan.target.placement != "everything"
-    if samples is None or config.float_stem == "never" or config.act_bits != 8 or not floats:
+    if samples is None or config.float_tensors == "never" or config.act_bits != 8 or not floats:
         return model, plan, ranges
-    stem: FloatStem | None = run.checkpoint.get("stem")
-    if stem is None:
-        stem = find_float_stem(model, plan, ranges.params, samples, config)
-        run.checkpoint.put(stem, "stem")
-    if not stem.tensors:
+    found: FloatTensors | None = run.checkpoint.get("float")
+    if found is None:
+        found = find_float_tensors(model, plan, ranges.params, samples, config)
+        run.checkpoint.put(found, "float")
+    if not found.tensors:
         return model, plan, ranges
-    bits = dict.fromkeys(stem.tensors, 32) | config.activation_bits
+    bits = dict.fromkeys(found.tensors, 32) | config.activation_bits
     changed = config.model_copy(update={"activation_bits": bits})
-    stemmed, new = plan_parted(model, changed, quantise_activations=True)
-    kept = {name: _params_of(stemmed, name, ranges) for name in new.activations}
+    parted, new = plan_parted(model, changed, quantise_activations=True)
+    kept = {name: _params_of(parted, name, ranges) for name in new.activations}
     if None in kept.values():  # the new plan rounds what was not observed
         return model, plan, ranges
-    run.notes.append(stem.note)
-    params = {name: found for name, found in kept.items() if found is not None}
-    return stemmed, new, replace(ranges, params=params)
+    run.notes.append(found.note)
+    params = {name: params for name, params in kept.items() if params is not None}
+    return parted, new, replace(ranges, params=params)
 
 
 def with_dynamic_ranges(
