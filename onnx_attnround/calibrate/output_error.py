@@ -47,6 +47,9 @@ NEGLIGIBLE = 1e-6
 KEPT = 0.5
 """An extreme that keeps less than this share of its distance from its slice's mean is lost."""
 
+OTHER_KIND = 10.0
+"""Slices whose extreme is so many times smaller than the next larger one are of another kind."""
+
 Levels = tuple[float, float, float]
 """Scale, and the lowest and highest level in steps from zero."""
 
@@ -152,8 +155,8 @@ class RoundedModel:
         """The error of each sample, for each float output.
 
         It is the mean over the slices of an output, along each axis of moderate length, of error
-        power over the slice's mean power; half of it weighted by the square of what is
-        expected, so that the few large values of a slice are not lost among the many small.
+        power over the mean power of slices of one kind; half of it weighted by the square of
+        what is expected, so that the few large values are not lost among the many small.
         """
         return [errors for errors, _ in self._compare(params)]
 
@@ -306,10 +309,10 @@ class Slices:
 class _Along:
     """The yardstick for errors of the slices along one axis.
 
-    ``powers`` and ``squares`` are the means over samples of sums of squares and of fourth
-    powers; ``counted`` are the slices that count. ``extremes`` are where each slice has its
-    highest and its lowest value, and these values; they are measured from ``means``. All
-    are ``[slices]``.
+    ``powers`` and ``squares`` are the means over samples, and over slices of one kind, of sums
+    of squares and of fourth powers; ``counted`` are the slices that count. ``extremes`` are
+    where each slice has its highest and its lowest value, and these values; they are measured
+    from ``means``. All are ``[slices]``.
     """
 
     powers: Array
@@ -323,10 +326,13 @@ class _Along:
         flat = expected.swapaxes(0, 1).reshape(expected.shape[1], -1)
         found = [flat.argmax(1), flat.argmin(1)]
         at = np.arange(len(flat))
+        reach = np.abs(flat).max(1)
+        counted = reach > FAINT * largest
+        kinds = kinds_of(reach)
         return cls(
-            powers=np.maximum(np.square(expected).sum(2).mean(0), TINY),
-            squares=np.maximum((expected**4).sum(2).mean(0), TINY),
-            counted=np.abs(flat).max(1) > FAINT * largest,
+            powers=_mean_of_kind(np.square(expected).sum(2).mean(0), kinds, counted),
+            squares=_mean_of_kind((expected**4).sum(2).mean(0), kinds, counted),
+            counted=counted,
             means=flat.mean(1),
             extremes=tuple((place, flat[at, place]) for place in found),
         )
@@ -347,3 +353,24 @@ class _Along:
             kept = (flat[at, place] - self.means) / np.where(distance == 0, 1.0, distance)
             lost += int(((kept < KEPT) & (distance != 0) & self.counted).sum())
         return lost
+
+
+def kinds_of(reach: Array) -> Array:
+    """A number for the kind of each slice, from their extremes ``[slices]``.
+
+    Slices are of one kind where, sorted by their extremes, none is much smaller than the one
+    before: rows of a picture, classes that come up often and seldom; boxes in pixels and scores
+    are two.
+    """
+    order = np.argsort(-reach, kind="stable")
+    apart = reach[order][:-1] > OTHER_KIND * reach[order][1:]
+    kinds = np.empty(len(reach), np.int64)
+    kinds[order] = np.concatenate([[0], np.cumsum(apart)])
+    return kinds
+
+
+def _mean_of_kind(values: Array, kinds: Array, counted: Array) -> Array:
+    """For each slice the mean over those of its kind that count."""
+    sums = np.bincount(kinds, values * counted)
+    means: Array = np.maximum(sums / np.maximum(np.bincount(kinds, counted), 1), TINY)
+    return means[kinds]

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_attnround.calibrate.output_error import FAINT, KEPT, LENGTHS
+from onnx_attnround.calibrate.output_error import FAINT, KEPT, LENGTHS, OTHER_KIND
 from onnx_attnround.records import Array
 from onnx_attnround.verify.results import Extreme, WorstSlice
 
 MINOR = 0.1
 """Slices of classes that never come up stay below this share of an output's largest magnitude."""
-
-OTHER_KIND = 10.0
-"""Slices whose extreme is so many times smaller than the next larger one are of another kind."""
 
 CHUNK = 1 << 20
 """The elements that are looked at together, in float64."""

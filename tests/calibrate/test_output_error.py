@@ -10,7 +10,7 @@ from small_models import build
 
 from onnx_attnround import graph
 from onnx_attnround.calibrate import calibrate
-from onnx_attnround.calibrate.output_error import BATCH, NEGLIGIBLE, RoundedModel
+from onnx_attnround.calibrate.output_error import BATCH, NEGLIGIBLE, RoundedModel, Slices, kinds_of
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.qdq.arithmetic import dequantize, params_from_range, quantize
 from onnx_attnround.records import Array, QuantParams, QuantSpec
@@ -111,3 +111,23 @@ def test_no_observer_cuts_off_the_logits_of_what_is_seldom_found(observer: str) 
         on_event=lambda event: None,
     )  # fmt: skip
     assert top(found.params["r"]) > 0.95
+
+
+def test_slices_are_of_one_kind_until_there_is_a_gap() -> None:
+    reach = np.array([0.05, 640.0, 0.3, 600.0, 0.9])
+    assert kinds_of(reach).tolist() == [1, 0, 1, 0, 1]
+
+
+def test_a_faint_row_counts_by_the_rows_of_its_picture_and_a_score_by_scores() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.random((6, 5, 20)) * np.array([1.0, 0.3, 0.1, 0.03, 0.01])[None, :, None]
+
+    def error(expected: Array, index: int) -> float:
+        got = expected.copy()
+        got[:, index] += 0.01
+        return float(Slices([expected]).compare([got])[0].mean())
+
+    assert error(picture, 4) < 2 * error(picture, 0)
+    boxes = picture.copy()
+    boxes[:, :2] *= 1e2
+    assert error(boxes, 2) > 1e2 * error(boxes, 0)
