@@ -35,7 +35,13 @@ from onnx_attnround.pipeline.open_inputs import (
 )
 from onnx_attnround.pipeline.open_model import ModelSource, open_model, source_of
 from onnx_attnround.pipeline.prepared import Loaded, Prepared
-from onnx_attnround.pipeline.proof import CHECKED_SAMPLES, checked_output, compare, rounded_note
+from onnx_attnround.pipeline.proof import (
+    CHECKED_SAMPLES,
+    advice,
+    checked_output,
+    compare,
+    rounded_note,
+)
 from onnx_attnround.pipeline.smoothing import smooth_model
 from onnx_attnround.plan.bits import allocate, measures
 from onnx_attnround.plan.dynamic import can_be_dynamic, with_dynamic
@@ -264,6 +270,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         notes=(*run.notes, *taken(run)),
         seconds=run.seconds,
         source=prepared.given.source,
+        advice=advice(run, prepared, params, roundings, verification),
     )
     log_notes(result.notes)
     _check_gates(result, config)

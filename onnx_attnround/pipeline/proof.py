@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from onnx_attnround.check import UNPACKING_OP, Checked, check
 from onnx_attnround.context import Run
 from onnx_attnround.errors import ModelError, OutputError
 from onnx_attnround.pipeline.prepared import Prepared
-from onnx_attnround.records import QuantPlan
+from onnx_attnround.records import LayerRounding, QuantParams, QuantPlan
 from onnx_attnround.runtime.session import open_session
 from onnx_attnround.samples import Samples
-from onnx_attnround.verify import Verification, rounded_activations_note, verify
+from onnx_attnround.verify import (
+    Advice,
+    Verification,
+    advise,
+    missed_gates,
+    rounded_activations_note,
+    verify,
+)
 
 CHECKED_SAMPLES = 4
 """The samples that a file is run on when it is checked."""
@@ -56,6 +66,30 @@ def compare(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification |
         threads=run.config.threads,
         on_event=run.on_event,
     )
+
+
+def advice(
+    run: Run,
+    prepared: Prepared,
+    params: Mapping[str, QuantParams],
+    roundings: Mapping[str, LayerRounding],
+    verification: Verification | None,
+) -> Advice | None:
+    """What would help, where a gate was missed or an output has collapsed."""
+    samples = prepared.given.judged_on
+    if verification is None or samples is None:
+        return None
+    if not (verification.collapsed or missed_gates(verification, run.config)):
+        return None
+    with run.stage("advise"):
+        return advise(
+            prepared.simplified,
+            prepared.plan,
+            replace(prepared.ranges, params=params),
+            roundings,
+            samples,
+            run.config.threads,
+        )
 
 
 def _reference(run: Run, original: ir.Model, simplified: ir.Model) -> ir.Model:

@@ -14,6 +14,7 @@ from onnx_attnround.report import tables
 from onnx_attnround.report.layout import Rows
 from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import (
+    advice_line,
     bits_line,
     exactness_line,
     finding_lines,
@@ -51,6 +52,8 @@ def console(result: QuantizeResult, *, output: Path | None, verbose: bool) -> Re
         parts.append(bits_line(result))
     parts += [f"note: {note}" for note in result.notes]
     parts += _warnings(result.verification)
+    if result.advice is not None:
+        parts += [advice_line(result.advice), "", result.advice.block]
     if output is not None:
         parts.append(f"wrote {output}")
     return Group(*parts)

@@ -15,7 +15,7 @@ from onnx_attnround.check import Checked
 from onnx_attnround.qdq.arithmetic import range_of
 from onnx_attnround.records import BitAllocation, LayerPlan, QuantParams, QuantPlan
 from onnx_attnround.report.result import Compared, Point, QuantizeResult
-from onnx_attnround.verify import Verification
+from onnx_attnround.verify import Advice, Verification
 from onnx_attnround.version import version
 
 SCHEMA = 1
@@ -43,6 +43,7 @@ def report_dict(result: QuantizeResult) -> dict[str, Any]:
         "skipped": dict(result.plan.skipped),
         "verification": None if result.verification is None else _verified(result.verification),
         "search": None if result.search is None else asdict(result.search),
+        "advice": None if result.advice is None else _advice(result.advice),
         "seconds": dict(result.seconds),
         "notes": list(result.notes),
     }
@@ -160,6 +161,11 @@ def _layer(result: QuantizeResult, layer: LayerPlan) -> dict[str, Any]:
         "weight_only_kernel": fusion.weight_only.get(layer.node),
         "in_float_because": fusion.fallen.get(layer.node),
     }
+
+
+def _advice(advice: Advice) -> dict[str, Any]:
+    """The remedies, with the lines of a config that they come to."""
+    return {**asdict(advice), "config": advice.block}
 
 
 def _activation(result: QuantizeResult, tensor: str, params: QuantParams) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from onnx_attnround.report import tables
 from onnx_attnround.report.layout import Rows
 from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import (
+    advice_line,
     bits_line,
     exactness_line,
     fusion_lines,
@@ -42,6 +43,9 @@ def run(result: QuantizeResult, command: str | None = None) -> str:
     if plan.layers:
         lines.append(bits_line(result))
     parts.append(_list(lines))
+    if result.advice is not None:
+        told = _escaped(advice_line(result.advice))
+        parts.append(f"**What would help**\n\n{told}\n\n```toml\n{result.advice.block}\n```")
     if result.notes:
         parts.append("**Notes**\n\n" + _list(result.notes))
     if plan.layers:

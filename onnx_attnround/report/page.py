@@ -28,6 +28,7 @@ from onnx_attnround.report.charts import (
 from onnx_attnround.report.document import versions
 from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import (
+    advice_line,
     bits_line,
     exactness_line,
     in_float,
@@ -89,6 +90,8 @@ def run_page(result: QuantizeResult, command: str | None = None) -> str:
         tiles=tiles(result),
         basis=basis(found),
         notes=result.notes,
+        advice=result.advice,
+        advice_line=result.advice and advice_line(result.advice),
         outputs=found and tables.outputs(found),
         not_compared=[] if found is None else found.not_compared,
         **_layers_told(result),

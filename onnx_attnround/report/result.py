@@ -15,7 +15,7 @@ from onnx_attnround.check import Checked
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import save
 from onnx_attnround.records import BitAllocation, BlockRounding, LayerRounding, QuantPlan
-from onnx_attnround.verify import PairComparison, Verification
+from onnx_attnround.verify import Advice, PairComparison, Verification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,7 @@ class QuantizeResult:
     something was fitted to.
     ``source`` is the file of the float model, ``None`` for one in memory. ``search`` tells
     how the goal ``until`` was looked for; ``config`` is then the one that makes this very file.
+    ``advice`` tells what would help where a gate was missed or an output has collapsed.
     """
 
     model: ir.Model
@@ -69,6 +70,7 @@ class QuantizeResult:
     seconds: Mapping[str, float]
     source: Path | None = None
     search: GoalSearch | None = None
+    advice: Advice | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.records import BitAllocation, QuantPlan
 from onnx_attnround.report.result import Point, QuantizeResult
-from onnx_attnround.verify import PairComparison
+from onnx_attnround.verify import Advice, PairComparison
 
 FEW = 5
 """Names that are listed before the rest is counted."""
@@ -38,6 +38,14 @@ def further_line(found: PairComparison) -> Iterable[str]:
     more = [layer.node for layer in found.layers if layer.parts and layer is not found.first]
     if more:
         yield f"further on they part at {named(more)}"
+
+
+def advice_line(advice: Advice) -> str:
+    """What the block of settings that follows is."""
+    return (
+        f"what costs the outputs most, {advice.share:.0%} of what was tried, with the SQNR that is "
+        "left when it alone is rounded; as a config that keeps it:"
+    )
 
 
 def bits_line(result: QuantizeResult) -> str:

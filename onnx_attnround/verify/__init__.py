@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -11,6 +10,7 @@ from onnx_attnround.records import Array, Event, LayerPlan, OnEvent
 from onnx_attnround.runtime.session import ACCURACY_LEVEL, exact_activations
 from onnx_attnround.samples import Samples
 from onnx_attnround.samples.mask import find_mask
+from onnx_attnround.verify.advice import Advice, advise
 from onnx_attnround.verify.collapse import slice_name
 from onnx_attnround.verify.compare import (
     LAYER_SAMPLES,
@@ -18,6 +18,7 @@ from onnx_attnround.verify.compare import (
     check_labels,
     compare_layers,
     compare_outputs,
+    output_sqnr,
 )
 from onnx_attnround.verify.gates import REMEDY, Gate, check_gates, gates, missed_gates
 from onnx_attnround.verify.parting import compare_layer_pairs
@@ -37,6 +38,7 @@ from onnx_attnround.verify.speed import measure_speed, serialised_bytes, slower_
 __all__ = [
     "REMEDY",
     "Accuracy",
+    "Advice",
     "Basis",
     "Gate",
     "Latency",
@@ -44,6 +46,7 @@ __all__ = [
     "OutputComparison",
     "PairComparison",
     "Verification",
+    "advise",
     "check_gates",
     "check_labels",
     "compare_layer_pairs",
@@ -129,28 +132,6 @@ def verify(
         float_bytes=serialised_bytes(float_model),
         quantised_bytes=serialised_bytes(quantised),
     )
-
-
-def output_sqnr(
-    float_model: ir.Model,
-    quantised: ir.Model,
-    samples: Samples,
-    threads: int | None,
-    limit: int | None = None,
-) -> float:
-    """SQNR in dB of the worst float output; errors as :func:`verify`.
-
-    Over all ``samples``, or the first ones up to ``limit``.
-    """
-    _, sums, _ = compare_outputs(
-        open_comparison((float_model, quantised), threads).run,
-        batches(samples, BATCH, limit),
-        find_mask(float_model),
-        labels=None,
-        step=lambda detail, count: None,
-    )
-    compared = [total for total in sums.values() if total.comparable and total.floating]
-    return min((total.sqnr_db for total in compared), default=math.inf)
 
 
 def rounded_activations_note(

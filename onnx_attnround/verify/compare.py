@@ -17,8 +17,8 @@ from onnx_attnround.samples import Samples
 from onnx_attnround.samples.mask import find_mask, tokens, without_padding, zero_padding
 from onnx_attnround.verify.collapse import LEAST_DB, collapse
 from onnx_attnround.verify.results import Accuracy, OutputComparison
-from onnx_attnround.verify.runs import Feed, Models, Outputs, Step, sample_count
-from onnx_attnround.verify.shared import Pair, open_shared
+from onnx_attnround.verify.runs import BATCH, Feed, Models, Outputs, Step, sample_count
+from onnx_attnround.verify.shared import Pair, open_comparison, open_shared
 from onnx_attnround.verify.slices import Details
 
 LAYER_SAMPLES = 64
@@ -74,6 +74,28 @@ def compare_layers(
             sums.setdefault(name, Sums(name)).add(value, got[name], tokens(feed, mask))
         step("layers", sample_count(feed))
     return {found[name]: total.sqnr_db for name, total in sums.items()}
+
+
+def output_sqnr(
+    float_model: ir.Model,
+    quantised: ir.Model,
+    samples: Samples,
+    threads: int | None,
+    limit: int | None = None,
+) -> float:
+    """SQNR in dB of the worst float output; errors as :func:`verify`.
+
+    Over all ``samples``, or the first ones up to ``limit``.
+    """
+    _, sums, _ = compare_outputs(
+        open_comparison((float_model, quantised), threads).run,
+        batches(samples, BATCH, limit),
+        find_mask(float_model),
+        labels=None,
+        step=lambda detail, count: None,
+    )
+    compared = [total for total in sums.values() if total.comparable and total.floating]
+    return min((total.sqnr_db for total in compared), default=math.inf)
 
 
 def check_labels(labels: Array | None, evaluation: Samples | None, model: ir.Model) -> None:
