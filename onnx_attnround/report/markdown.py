@@ -43,6 +43,8 @@ def run(result: QuantizeResult, command: str | None = None) -> str:
     if plan.layers:
         lines.append(bits_line(result))
     parts.append(_list(lines))
+    if result.search is not None:
+        parts.append(_folded("The way to the goal", table(tables.trials(result.search))))
     if result.advice is not None:
         told = _escaped(advice_line(result.advice))
         parts.append(f"**What would help**\n\n{told}\n\n```toml\n{result.advice.block}\n```")

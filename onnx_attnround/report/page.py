@@ -91,6 +91,7 @@ def run_page(result: QuantizeResult, command: str | None = None) -> str:
         basis=basis(found),
         notes=result.notes,
         advice=result.advice,
+        search=result.search and tables.trials(result.search),
         advice_line=result.advice and advice_line(result.advice),
         outputs=found and tables.outputs(found),
         not_compared=[] if found is None else found.not_compared,

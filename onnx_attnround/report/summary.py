@@ -53,22 +53,27 @@ class Tile:
 
 
 def verdict(result: QuantizeResult) -> Verdict:
-    """What is to be said of the gates, and of outputs that are of no use."""
-    found = result.verification
+    """What is to be said of gates and goal, and of outputs that are of no use."""
+    found, search = result.verification, result.search
     if found is None:
         return Verdict(tone="", word="Not measured", detail="there were no samples")
     judged = gates(found, result.config)
     missed = [gate.missed for gate in judged if gate.missed]
     collapsed = [phrase for phrase in found.collapsed if not any(phrase in m for m in missed)]
-    if missed:
-        return Verdict(tone="bad", word="Gate missed", reasons=[*missed, *collapsed])
+    goal = [] if search is None or search.missed is None else [search.missed]
+    if missed or goal:
+        word = "Gate missed" if missed else "Goal not reached"
+        return Verdict(tone="bad", word=word, reasons=[*missed, *goal, *collapsed])
     if collapsed:
         return Verdict(tone="bad", word="Of no use as it is", reasons=collapsed)
-    if not judged:
+    if not judged and search is None:
         return Verdict(tone="", word="No gate set", detail="no output has collapsed")
     several = f"All {len(judged)} gates met" if len(judged) > 1 else "Gate met"
-    demands = "; ".join(gate.demand for gate in judged)
-    return Verdict(tone="good", word=several, detail=demands)
+    demands = [gate.demand for gate in judged]
+    if search is not None:
+        several = f"Goal reached, {several.lower()}" if judged else "Goal reached"
+        demands.insert(0, search.goal)
+    return Verdict(tone="good", word=several, detail="; ".join(demands))
 
 
 def verdict_of_all(results: Sequence[tuple[str, QuantizeResult]]) -> Verdict:

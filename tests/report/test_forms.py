@@ -19,7 +19,7 @@ from onnx_attnround.report import junit, markdown
 from onnx_attnround.report.charts import Series, along, code_histogram, histogram
 from onnx_attnround.report.forms import ENDINGS, write_report
 from onnx_attnround.report.page import check_page, points_page, run_page
-from onnx_attnround.report.result import Point
+from onnx_attnround.report.result import GoalSearch, Point, Trial
 
 HOSTILE = '</title><script>alert("1")</script>|*_\x00'
 
@@ -114,6 +114,21 @@ def test_a_page_tells_of_gates(result: QuantizeResult) -> None:
     assert "Gate missed loss of top-1 is 1.50 points, above `max_drop` 1" in text
     bare = replace(result, verification=None, roundings={})
     assert "Not measured there were no samples" in Text(run_page(bare)).text
+
+
+def test_a_page_tells_of_a_goal(result: QuantizeResult) -> None:
+    trial = Trial(
+        act_bits=8, mean_bits=4.5, size=90_000, speedup=1.5, told="0.25 points", reached=True,
+        kept=True,
+    )  # fmt: skip
+    reached = GoalSearch(goal="drop=0.5", trials=(trial,))
+    text = Text(run_page(replace(met(result), search=reached))).text
+    assert "Goal reached, all 2 gates met drop=0.5; SQNR of the worst output" in text
+    assert "8 bits 4.50 90,000 1.50× 0.25 points reached" in text
+    missed = replace(reached, missed="goal drop=0.5 is not reached")
+    page = run_page(replace(met(result), search=missed))
+    assert "Goal not reached goal drop=0.5 is not reached" in Text(page).text
+    assert "The way to the goal" in markdown.run(replace(result, search=missed))
 
 
 def test_a_page_asks_nothing_of_anybody(result: QuantizeResult) -> None:
