@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,10 @@ import pytest
 from test_forms import HOSTILE, named, points_of
 
 from onnx_attnround.pipeline import QuantizeResult
-from onnx_attnround.report.page import check_page, points_page, run_page
+from onnx_attnround.report.page import check_page, compared_page, points_page, run_page
+from onnx_attnround.report.result import Compared
+from onnx_attnround.verify import Advice, LayerPair, PairComparison
+from onnx_attnround.verify.advice import Remedy
 
 pytestmark = pytest.mark.slow
 LONG = "/model/" + "very_long_name_of_a_block" * 8 + "/Conv"
@@ -35,7 +39,24 @@ def browser() -> Iterator[Any]:
         yield started
 
 
-@pytest.fixture(params=["run", "points", "check"])
+def compared(result: QuantizeResult) -> Compared:
+    """Two layers of two files, of which one parts."""
+    layers = [
+        LayerPair(
+            node=node, float_node=HOSTILE, matched="weights", bits=8, sqnr_db=30.0,
+            inherited_db=math.inf, own_db=math.inf, expected_db=45.0, input_db=None, parts=parts,
+            mend=parts,
+        )
+        for node, parts in ((LONG, None), (HOSTILE, f"the codes of '{LONG}' are cut off"))
+    ]  # fmt: skip
+    assert result.verification is not None
+    found = PairComparison(
+        verification=result.verification, layers=tuple(layers), alone=(LONG, HOSTILE)
+    )
+    return Compared(names=("float.onnx", f"{LONG}.onnx"), found=found, notes=(LONG,), seconds={})
+
+
+@pytest.fixture(params=["run", "points", "check", "compared"])
 def page(request: pytest.FixtureRequest, result: QuantizeResult, tmp_path: Path) -> Path:
     """A page of each kind, with names that are long and that look like tags."""
     changed = named(replace(result, notes=(LONG,)), HOSTILE)
@@ -46,11 +67,15 @@ def page(request: pytest.FixtureRequest, result: QuantizeResult, tmp_path: Path)
         plan=replace(changed.plan, layers=layers, skipped={LONG: "op LSTM is not supported"}),
         allocation=replace(changed.allocation, bits=bits),
         roundings={LONG: next(iter(result.roundings.values()))},
+        advice=Advice(
+            remedies=(Remedy(key="layer_bits", name=LONG, bits=8, alone_db=9.5),), share=0.5
+        ),
     )
     pages = {
         "run": lambda: run_page(changed, f"onnx-attnround {LONG}"),
         "points": lambda: points_page(points_of(changed)),
         "check": lambda: check_page(changed.checked),
+        "compared": lambda: compared_page(compared(changed)),
     }
     path = tmp_path / "page.html"
     path.write_text(pages[request.param](), encoding="utf-8")
