@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from onnx_attnround.check import Checked, Fusion
 from onnx_attnround.config import QuantConfig
@@ -244,6 +245,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["told"] = _typeset
+    environment.filters["prose"] = _prose
     return environment
 
 
@@ -251,6 +253,12 @@ def _typeset(text: str) -> str:
     """``text`` with the signs that print has for a minus and for times."""
     plain = re.sub(r"(?<![\w.-])-(?=[\d.])", "−", text)
     return re.sub(r"(?<=\d)x(?=[\d\s,]|$)", "×", plain)
+
+
+def _prose(text: str) -> Markup:
+    """A sentence, typeset, with settings in the type of code, and a capital."""
+    plain = str(escape(_typeset(text[:1].upper() + text[1:])))
+    return Markup(re.sub(r"`(\w+)`", r"<code>\1</code>", plain))
 
 
 def _layers_told(result: QuantizeResult) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def further_line(found: PairComparison) -> Iterable[str]:
 def advice_line(advice: Advice) -> str:
     """What the block of settings that follows is."""
     return (
-        f"what costs the outputs most, {advice.share:.0%} of what was tried, with the SQNR that is "
-        "left when it alone is rounded; as a config that keeps it:"
+        f"these cost the outputs most, {advice.share:.0%} of the error of all that was tried; as "
+        "lines of a config, each with the SQNR that is left when it alone is rounded:"
     )
 
 

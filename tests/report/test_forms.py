@@ -88,14 +88,14 @@ def test_a_page_tells_what_matters_first(result: QuantizeResult) -> None:
     order = [
         "4.00× smaller, 1.60× as fast; top-1 is 93.50%, −1.50 points.",
         "Of no use as it is",
-        "output 'logits' has collapsed: its SQNR is low",
+        "Output 'logits' has collapsed: its SQNR is low",
         "1.00 MB",
         "1.60 times as fast",
         "1.50 to 1.75 in half of 9 pairs of runs",
         "Signal over error 31.25 dB",
         "75.0% of MACs",
         "which flatters",
-        "no calibration samples: weights only",
+        "No calibration samples: weights only",
         "17.50 dB, slice 3 of axis 1",
         "Error along the network",
         "/body/conv[0] Conv",
@@ -111,7 +111,7 @@ def test_a_page_tells_of_gates(result: QuantizeResult) -> None:
     assert "All 2 gates met SQNR of the worst output at least 20 dB; loss of top-1 at most" in text
     missed = replace(result, config=QuantConfig(max_drop=1))
     text = Text(run_page(missed)).text
-    assert "Gate missed loss of top-1 is 1.50 points, above `max_drop` 1" in text
+    assert "Gate missed Loss of top-1 is 1.50 points, above max_drop 1" in text
     bare = replace(result, verification=None, roundings={})
     assert "Not measured there were no samples" in Text(run_page(bare)).text
 
@@ -127,7 +127,7 @@ def test_a_page_tells_of_a_goal(result: QuantizeResult) -> None:
     assert "8 bits 4.50 90,000 1.50× 0.25 points reached" in text
     missed = replace(reached, missed="goal drop=0.5 is not reached")
     page = run_page(replace(met(result), search=missed))
-    assert "Goal not reached goal drop=0.5 is not reached" in Text(page).text
+    assert "Goal not reached Goal drop=0.5 is not reached" in Text(page).text
     assert "The way to the goal" in markdown.run(replace(result, search=missed))
 
 
