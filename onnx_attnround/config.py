@@ -201,6 +201,16 @@ class QuantConfig(Settings):
         "Keep what is finished in this folder until the output is written: the same command then "
         "goes on where it was cut off, to the same bytes. Runs may share it",
     )
+    keep_integer: bool = _key(
+        _METHOD,
+        False,
+        "Keep activations quantised where ONNX Runtime runs the file slower than the float model",
+    )
+    speed_batch: Annotated[int, Field(ge=1)] = _key(
+        _RUN,
+        16,
+        "Samples in a run that is timed against the float model's, beside single ones",
+    )
     min_sqnr: Finite | None = _key(_RUN, None, "Gate: least SQNR of any output, in dB")
     max_drop: Finite | None = _key(
         _RUN,

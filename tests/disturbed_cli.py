@@ -73,8 +73,8 @@ FILES = {
 }
 """By the name of a point: whether it is there that a file, or its folder, is flushed to disk."""
 POINTS = (
-    "load", "resume", "simplify", "plan", "smooth", "calibrate", "measure", "round", "keep",
-    "refine", "write", "check", "verify", "save", "saved", "report",
+    "load", "resume", "simplify", "plan", "smooth", "calibrate", "pace", "measure", "round",
+    "keep", "refine", "write", "check", "verify", "save", "saved", "report",
 )  # fmt: skip
 
 

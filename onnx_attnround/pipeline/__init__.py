@@ -34,6 +34,7 @@ from onnx_attnround.pipeline.open_inputs import (
     open_evaluation,
 )
 from onnx_attnround.pipeline.open_model import ModelSource, open_model, source_of
+from onnx_attnround.pipeline.pace import with_pace
 from onnx_attnround.pipeline.prepared import Loaded, Prepared
 from onnx_attnround.pipeline.proof import (
     CHECKED_SAMPLES,
@@ -214,6 +215,9 @@ def prepare(
     if plan.dynamic:
         given = _in_batches(given, 1)  # as its range is found over all of a batch
         samples = given.samples
+    with run.stage("pace"):
+        variant = (simplified, plan, ranges)
+        simplified, plan, ranges = with_pace(run, given.original, variant, samples)
     if samples is not None and run.config.method != "nearest":
         run.notes += few_rows(plan, ranges, samples.count)
     errors = errors or _measure(run, simplified, plan, samples)

@@ -64,6 +64,7 @@ def compare(run: Run, prepared: Prepared, quantised: ir.Model) -> Verification |
         labels=given.labels,
         layers=(prepared.simplified, prepared.plan.layers),
         threads=run.config.threads,
+        speed_batch=run.config.speed_batch,
         on_event=run.on_event,
     )
 

@@ -33,7 +33,7 @@ from onnx_attnround.verify.results import (
 )
 from onnx_attnround.verify.runs import BATCH, Step
 from onnx_attnround.verify.shared import open_comparison
-from onnx_attnround.verify.speed import measure_speed, serialised_bytes, slower_note
+from onnx_attnround.verify.speed import float_seconds, measure_speed, serialised_bytes, slower_note
 
 __all__ = [
     "REMEDY",
@@ -50,7 +50,9 @@ __all__ = [
     "check_gates",
     "check_labels",
     "compare_layer_pairs",
+    "float_seconds",
     "gates",
+    "measure_speed",
     "missed_gates",
     "output_sqnr",
     "rounded_activations_note",
@@ -73,7 +75,7 @@ OUTPUT_SAMPLES = 256
 """The most calibration samples that outputs are compared on."""
 
 
-def verify(
+def verify(  # noqa: PLR0913, each says one thing of how it is measured
     float_model: ir.Model,
     quantised: ir.Model,
     samples: Samples,
@@ -82,14 +84,15 @@ def verify(
     labels: Array | None = None,
     layers: Layers | None = None,
     threads: int | None = None,
+    speed_batch: int = BATCH,
     on_event: OnEvent = lambda event: None,
 ) -> Verification:
     """Run both models and compare outputs, layers, latency and size.
 
     Outputs are compared over all ``samples``, but only 256 of those for ``"calibration"``;
     ``labels`` (``[samples.count]``, integers) add top-1, if ``basis`` is ``"evaluation"``.
-    ``layers`` are compared over 64 of ``samples``. Latency runs use one thread, the
-    others up to ``threads``.
+    ``layers`` are compared over 64 of ``samples``. Latency runs use one thread and
+    batches of ``speed_batch``, the others up to ``threads``.
 
     Raises ``OutputError`` if the quantised model does not load or run, or is not
     finite where the float model is; ``ModelError`` if the float model does not
@@ -110,7 +113,7 @@ def verify(
     )
     simplified, planned = layers or (float_model, ())
     layer_sqnr = compare_layers((simplified, quantised), planned, samples, threads, step)
-    latency = measure_speed(models, samples)
+    latency = measure_speed(models, samples, speed_batch)
     step("latency", total)
     return Verification(
         samples=count,

@@ -14,7 +14,15 @@ from onnx_attnround.graph import serialised
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify.results import Latency
-from onnx_attnround.verify.runs import BATCH, Feed, Models, Runs, open_pair, run_both, sample_count
+from onnx_attnround.verify.runs import (
+    Feed,
+    Models,
+    Runs,
+    open_pair,
+    open_run,
+    run_both,
+    sample_count,
+)
 
 LATENCY_SECONDS = 1.0
 """The seconds for which both models are timed, as far as ``LATENCY_PAIRS`` allow."""
@@ -22,9 +30,20 @@ LATENCY_SECONDS = 1.0
 LATENCY_PAIRS = (3, 25)
 """The fewest and the most pairs of runs, however long they take."""
 
-def measure_speed(models: Models, samples: Samples) -> Latency:
-    """Interleaved latency on one thread."""
-    feed = next(samples.batches(BATCH))
+
+def float_seconds(model: ir.Model, samples: Samples) -> float:
+    """The median time of a run of ``model`` on a single sample, on one thread.
+
+    Raises ``ModelError`` if it does not load or run.
+    """
+    run, feed = open_run(model), next(samples.batches(1))
+    run(feed)
+    return float(np.median(timeit.repeat(partial(run, feed), number=1, repeat=LATENCY_PAIRS[0])))
+
+
+def measure_speed(models: Models, samples: Samples, batch: int) -> Latency:
+    """Interleaved latency of ``batch`` samples on one thread; errors as of ``verify``."""
+    feed = next(samples.batches(batch))
     runs = open_pair(models, 1)
     times = _interleaved_times(runs, feed)
     medians = 1000 * np.median(times, axis=0)

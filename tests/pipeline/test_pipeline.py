@@ -42,7 +42,8 @@ pytestmark = pytest.mark.slow
 MODELS = Path(__file__).resolve().parents[2] / "models"
 RESNET, MOBILENET = MODELS / "digits_resnet.onnx", MODELS / "digits_mobilenet.onnx"
 EVALUATION = MODELS / "digits_eval.npz"
-STAGES = ["load", "simplify", "plan", "smooth", "calibrate", "round", "write", "check", "verify"]
+STAGES = ["load", "simplify", "plan", "smooth", "calibrate", "pace"]
+STAGES += ["round", "write", "check", "verify"]
 
 
 def samples(count: int = 64) -> np.ndarray:

@@ -1,0 +1,125 @@
+"""No file for ONNX Runtime is slower than the float model, unless that is asked for.
+
+Integer kernels are not always the faster ones: depthwise layers of odd widths, floats between
+layers that go to codes and back, nodes too small for what they cost to start. The file is made with
+weights rounded to nearest, before anything slow begins, and timed against the float model. Where it
+is slower, one with quantised weights alone is timed too, and the faster of them is what is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from onnx_attnround import qdq
+from onnx_attnround.calibrate import Calibration
+from onnx_attnround.errors import AttnRoundError
+from onnx_attnround.pipeline.activations import plan_parted
+from onnx_attnround.context import Run
+from onnx_attnround.records import BitAllocation, QuantPlan
+from onnx_attnround.samples import Samples
+from onnx_attnround.verify import Latency, float_seconds, measure_speed
+
+LEAST_SECONDS = 2e-4
+"""Of a float run of one sample: below, what a run costs to start and noise decide, not kernels."""
+
+MARGIN = 0.03
+"""Beyond the quartile of the runs, so much of the float model's time must be lost or won."""
+
+LONGEST = 1.0
+"""Seconds of a float run in batches, above which single samples tell enough."""
+
+Variant = tuple[ir.Model, QuantPlan, Calibration]
+
+
+def with_pace(
+    run: Run, original: ir.Model, variant: Variant, samples: Samples | None
+) -> Variant:
+    """``variant``: model, plan and ranges, or the same with float activations if that is faster.
+
+    ``original`` is the float model to hold against, or what stands for it. Nothing is timed that
+    runs in another runtime or on another CPU, nor where float activations are no choice.
+    """
+    config, plan = run.config, variant[1]
+    here = plan.target.runtime == "onnxruntime" and not plan.target.activation_signed
+    asked = config.keep_integer or config.act_bits != 8
+    if samples is None or asked or not here or not plan.activations:
+        return variant
+    kept: dict[str, str] | None = run.checkpoint.get("pace")
+    if kept is None:
+        kept = _judged(run, original, variant, samples)
+        run.checkpoint.put(kept, "pace")
+    if kept["note"]:
+        run.notes.append(kept["note"])
+    return _in_float(run, variant) if kept["activations"] == "float" else variant
+
+
+def _judged(run: Run, original: ir.Model, variant: Variant, samples: Samples) -> dict[str, str]:
+    """Whether activations are ``integer`` or ``float`` in the end, and a note if there is need."""
+    integer = {"activations": "integer", "note": ""}
+    try:
+        seconds = float_seconds(original, samples)
+        if seconds < LEAST_SECONDS:
+            return integer
+        batches = _batches(run, seconds)
+        as_planned = _timed(original, variant, samples, batches)
+        if not _slower(as_planned):
+            return integer
+        alone = _timed(original, _in_float(run, variant), samples, batches)
+    except AttnRoundError:  # a file that does not run: the check says so, and what helps
+        return integer
+    told = f"in integer the file runs at {_told(as_planned)} times the speed of the float model"
+    if min(_speeds(alone)) < (1 + MARGIN) * min(_speeds(as_planned)):
+        return integer | {
+            "note": f"{told}, and with quantised weights alone at {_told(alone)} times: "
+            "it stays in integer; `act_bits` 32 leaves activations float"
+        }
+    return {
+        "activations": "float",
+        "note": f"activations stay float: {told}, with quantised weights alone at {_told(alone)} "
+        "times; `keep_integer` quantises them all the same",
+    }
+
+
+def _batches(run: Run, seconds: float) -> list[int]:
+    """The batches to time, given the time of a single sample."""
+    wide = run.config.speed_batch
+    return [1, wide] if wide > 1 and wide * seconds <= LONGEST else [1]
+
+
+def _in_float(run: Run, variant: Variant) -> Variant:
+    """The same with quantised weights alone."""
+    model, _, ranges = variant
+    config = run.config.model_copy(update={"act_bits": 32, "activation_bits": {}})
+    model, plan = plan_parted(model, config, quantise_activations=True)
+    return model, plan, replace(ranges, params={})
+
+
+def _timed(
+    original: ir.Model, variant: Variant, samples: Samples, batches: list[int]
+) -> list[Latency]:
+    """The latency of the file of ``variant``; its speed does not depend on the codes."""
+    from onnx_attnround.reconstruct.layerwise import round_plain  # with torch: takes a second
+
+    model, plan, ranges = variant
+    bits = {layer.node: layer.weight_spec.bits for layer in plan.layers}
+    allocation = BitAllocation(bits=bits, coding_length={}, mean_bits=8.0)
+    rounded = round_plain(model, plan, ranges.params, allocation)
+    storage = plan.target.storages(blocks=False)[0]
+    made = qdq.insert(model, plan, ranges.params, rounded, storage)
+    qdq.fold_weights(made, plan)
+    return [measure_speed((original, made), samples, batch) for batch in batches]
+
+
+def _slower(found: list[Latency]) -> bool:
+    """Whether the float model is faster at one of the batches, beyond what noise makes of it."""
+    return any(latency.spread[1] < 1 - MARGIN for latency in found)
+
+
+def _speeds(found: list[Latency]) -> list[float]:
+    return [latency.speedup for latency in found]
+
+
+def _told(found: list[Latency]) -> str:
+    return " and ".join(f"{each.speedup:.2f} (batch {each.batch})" for each in found)
