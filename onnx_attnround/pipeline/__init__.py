@@ -216,8 +216,7 @@ def prepare(
         given = _in_batches(given, 1)  # as its range is found over all of a batch
         samples = given.samples
     with run.stage("pace"):
-        variant = (simplified, plan, ranges)
-        simplified, plan, ranges = with_pace(run, given.original, variant, samples)
+        simplified, plan, ranges = with_pace(run, (simplified, plan, ranges), samples)
     if samples is not None and run.config.method != "nearest":
         run.notes += few_rows(plan, ranges, samples.count)
     errors = errors or _measure(run, simplified, plan, samples)

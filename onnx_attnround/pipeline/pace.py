@@ -2,8 +2,9 @@
 
 Integer kernels are not always the faster ones: depthwise layers of odd widths, floats between
 layers that go to codes and back, nodes too small for what they cost to start. The file is made with
-weights rounded to nearest, before anything slow begins, and timed against the float model. Where it
-is slower, one with quantised weights alone is timed too, and the faster of them is what is made.
+weights rounded to nearest, before anything slow begins, and timed against the float model, as
+simplified as it is itself. Where it is slower, one with quantised weights alone is timed too, and the
+faster of them is what is made.
 """
 
 from __future__ import annotations
@@ -33,13 +34,11 @@ LONGEST = 1.0
 Variant = tuple[ir.Model, QuantPlan, Calibration]
 
 
-def with_pace(
-    run: Run, original: ir.Model, variant: Variant, samples: Samples | None
-) -> Variant:
+def with_pace(run: Run, variant: Variant, samples: Samples | None) -> Variant:
     """``variant``: model, plan and ranges, or the same with float activations if that is faster.
 
-    ``original`` is the float model to hold against, or what stands for it. Nothing is timed that
-    runs in another runtime or on another CPU, nor where float activations are no choice.
+    It is held against its own model in float, simplified as it is. Nothing is timed that runs
+    in another runtime or on another CPU, nor where float activations are no choice.
     """
     config, plan = run.config, variant[1]
     here = plan.target.runtime == "onnxruntime" and not plan.target.activation_signed
@@ -48,28 +47,28 @@ def with_pace(
         return variant
     kept: dict[str, str] | None = run.checkpoint.get("pace")
     if kept is None:
-        kept = _judged(run, original, variant, samples)
+        kept = _judged(run, variant, samples)
         run.checkpoint.put(kept, "pace")
     if kept["note"]:
         run.notes.append(kept["note"])
     return _in_float(run, variant) if kept["activations"] == "float" else variant
 
 
-def _judged(run: Run, original: ir.Model, variant: Variant, samples: Samples) -> dict[str, str]:
+def _judged(run: Run, variant: Variant, samples: Samples) -> dict[str, str]:
     """Whether activations are ``integer`` or ``float`` in the end, and a note if there is need."""
-    integer = {"activations": "integer", "note": ""}
+    model, integer = variant[0], {"activations": "integer", "note": ""}
     try:
-        seconds = float_seconds(original, samples)
+        seconds = float_seconds(model, samples)
         if seconds < LEAST_SECONDS:
             return integer
         batches = _batches(run, seconds)
-        as_planned = _timed(original, variant, samples, batches)
+        as_planned = _timed(model, variant, samples, batches)
         if not _slower(as_planned):
             return integer
-        alone = _timed(original, _in_float(run, variant), samples, batches)
+        alone = _timed(model, _in_float(run, variant), samples, batches)
     except AttnRoundError:  # a file that does not run: the check says so, and what helps
         return integer
-    told = f"in integer the file runs at {_told(as_planned)} times the speed of the float model"
+    told = f"in integer the file runs at {_told(as_planned)} times the speed of the same in float"
     if min(_speeds(alone)) < (1 + MARGIN) * min(_speeds(as_planned)):
         return integer | {
             "note": f"{told}, and with quantised weights alone at {_told(alone)} times: "
@@ -97,7 +96,7 @@ def _in_float(run: Run, variant: Variant) -> Variant:
 
 
 def _timed(
-    original: ir.Model, variant: Variant, samples: Samples, batches: list[int]
+    reference: ir.Model, variant: Variant, samples: Samples, batches: list[int]
 ) -> list[Latency]:
     """The latency of the file of ``variant``; its speed does not depend on the codes."""
     from onnx_attnround.reconstruct.layerwise import round_plain  # with torch: takes a second
@@ -109,7 +108,7 @@ def _timed(
     storage = plan.target.storages(blocks=False)[0]
     made = qdq.insert(model, plan, ranges.params, rounded, storage)
     qdq.fold_weights(made, plan)
-    return [measure_speed((original, made), samples, batch) for batch in batches]
+    return [measure_speed((reference, made), samples, batch) for batch in batches]
 
 
 def _slower(found: list[Latency]) -> bool:
