@@ -329,6 +329,17 @@ WEIGHTED_OPS: dict[str, WeightedOp] = {
 }
 
 
+def clipped_line(node: ir.Node) -> tuple[float, float]:
+    """Slope and height at 0 of the line that a HardSigmoid clips to 0 and 1."""
+    return node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+
+
+def is_clipped_line(node: ir.Node) -> bool:
+    """Whether a QuantizeLinear can clip this HardSigmoid: it rises, and 0 is within its codes."""
+    slope, height = clipped_line(node)
+    return slope > 0 and 0 <= height <= 1
+
+
 def clip_bounds(node: ir.Node) -> tuple[float, float]:
     """The bounds of a Relu or Clip: infinite where there is none, NaN where one is computed."""
     low, high = -math.inf, math.inf

@@ -55,7 +55,8 @@ class Target:
     inputs and their output are; ``movement`` ops pass codes through, so that
     input and output share scale and zero point; ``absorbed`` activations
     vanish into the Q behind them, and are left out of the file with
-    ``drop_absorbed``. ``float_output`` ops need no Q on their output.
+    ``drop_absorbed``. ``clipped_lines`` are arithmetic too, written as a Q of the line's own
+    scale and zero point, which clips it. ``float_output`` ops need no Q on their output.
 
     Weights of ``per_tensor`` ops have one scale, others one per channel.
     ``weight_storages`` are the forms that weights of up to 4 bits may have, the
@@ -93,6 +94,7 @@ class Target:
     movement: Ops
     absorbed: Ops
     drop_absorbed: bool = False
+    clipped_lines: Ops = frozenset()
     tables: bool = False
     dynamic: bool = False
     float_output: Ops
@@ -145,6 +147,7 @@ _ORT = Target(
     arithmetic=frozenset(
         {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
     ),
+    clipped_lines=frozenset({"HardSigmoid"}),
     movement=_MOVEMENT,
     absorbed=frozenset({"Relu", "Clip"}),
     float_output=frozenset({"Gemm", "MatMul"}),
@@ -167,6 +170,7 @@ _OPENVINO = replace(
     dynamic=False,
     activation_bits=frozenset({8}),
     quantised_outputs=False,
+    clipped_lines=frozenset(),
     movement=_MOVEMENT - {"Pad"},
     float_output=_MATRIX,
     float_input=frozenset({"Pad"}),

@@ -2,8 +2,8 @@
 
 Integer kernels are not always the faster ones: depthwise layers of odd widths, floats between
 layers that go to codes and back, nodes too small for what they cost to start. The file is made with
-weights rounded to nearest, before anything slow begins, and timed against the float model, as
-simplified as it is itself. Where it is slower, one with quantised weights alone is timed too, and the
+weights rounded to nearest, before anything slow begins, and timed against the float model, which is
+as simplified as itself. Where it is slower, one with quantised weights alone is timed too, and the
 faster of them is what is made.
 """
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import is_read_once, is_standard
-from onnx_attnround.ops import clip_bounds
+from onnx_attnround.ops import clip_bounds, is_clipped_line
 from onnx_attnround.plan.layers import is_weighted, name_of
 from onnx_attnround.plan.patterns import NodeChoice, tensor_names, values_for
 from onnx_attnround.records import LayerPlan, QuantSpec
@@ -81,11 +81,16 @@ class Activations:
         for node in nodes:
             if name_of(node) in self.kept:
                 continue
-            if node.op_type in self.target.arithmetic:
+            if self._is_arithmetic(node):
                 self._add_arithmetic(node)
             elif node.op_type in self.target.movement:
                 self._add_movement(node)
         self._drop_idle()
+
+    def _is_arithmetic(self, node: ir.Node) -> bool:
+        """Whether there is an integer kernel that computes new values from codes."""
+        line = node.op_type in self.target.clipped_lines and is_clipped_line(node)
+        return line or node.op_type in self.target.arithmetic
 
     def _add_arithmetic(self, node: ir.Node) -> None:
         output = self._absorbed(node.outputs[0])
@@ -181,7 +186,7 @@ class Activations:
         """
         # From the end on, so that a chain of such nodes is dropped link by link.
         for node in reversed(list(self.model.graph)):
-            if node.op_type in self.target.arithmetic and name_of(node) in self.integer:
+            if self._is_arithmetic(node) and name_of(node) in self.integer:
                 made = [self._absorbed(node.outputs[0])]
             else:
                 made = [value for value in _moved(node) if value.name in self.same_range]
@@ -243,13 +248,18 @@ class Activations:
         if (asked := self._asked(self.chosen[self._root(name)])) is not None:
             bits = [asked]
         producer = self.chosen[name].producer()
-        fixed = producer is not None and producer.op_type in self.target.unit_range
+        op_type = "" if producer is None else producer.op_type
+        fixed: tuple[float, float] | None = None
+        if op_type in self.target.unit_range:
+            fixed = _unit_range(op_type, max(bits))
+        elif op_type in self.target.clipped_lines:
+            fixed = 0.0, 1.0
         return QuantSpec(
             bits=max(bits),
             signed=self.target.activation_signed,
             symmetric=self.target.activation_symmetric,
             least_range=self.target.least_range,
-            fixed_range=_unit_range(producer.op_type, max(bits)) if fixed and producer else None,
+            fixed_range=fixed,
         )
 
     def _root(self, name: str) -> str:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import least_ir_version, name_nodes, only_reader, raise_opset
-from onnx_attnround.ops import clip_bounds
+from onnx_attnround.ops import clip_bounds, clipped_line
 from onnx_attnround.qdq.arithmetic import quantize
 from onnx_attnround.qdq.storage import activation_type, code_type, required_opset
 from onnx_attnround.qdq.tables import quantize_tables
@@ -341,8 +341,11 @@ class _Writer:
                 value.name, value.shape = self._fresh(f"{name}/{end}"), ir.Shape(())
                 value.type = ir.TensorType(dtype)
         else:
-            scale, point = self._grid(params, name)
-            node = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}/quantize")
+            grid = scale, point = self._grid(params, name)
+            producer = source.producer()
+            if producer is not None and producer.op_type in self.plan.target.clipped_lines:
+                grid = self._clip_line(producer, params, name)
+            node = ir.node("QuantizeLinear", [source, *grid], name=f"{name}/quantize")
             codes = node.outputs[0]
         codes.name = self._fresh(f"{name}_codes")
         codes.type = ir.TensorType(activation_type(params.spec))
@@ -355,6 +358,27 @@ class _Writer:
         scale = self._initializer(_tensor(params.scale, ir.DataType.FLOAT, f"{name}/scale"))
         point = self._initializer(_tensor(params.zero_point, code_type, f"{name}/zero_point"))
         return scale, point
+
+    def _clip_line(
+        self, node: ir.Node, params: QuantParams, name: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero point of a Q that is itself the HardSigmoid ``node`` before it.
+
+        ``clip(a x + b, 0, 1)`` on a grid of the scale ``s`` is ``clip(round(x / (s/a)) + b/s)``. In
+        place of the node stands a LeakyRelu of slope 1, which changes nothing: ONNX Runtime
+        makes one lookup in a table of it, of the DQ before and of the Q.
+        """
+        (slope, height), code_type = clipped_line(node), activation_type(params.spec)
+        node.op_type = "LeakyRelu"
+        node.attributes.clear()
+        node.attributes.add(ir.AttrFloat32("alpha", 1.0))
+        scale = np.asarray(params.scale / slope, np.float32)
+        point = np.rint(params.zero_point + height / params.scale)
+        point = np.clip(point, params.spec.qmin, params.spec.qmax)
+        return (
+            self._initializer(_tensor(scale, ir.DataType.FLOAT, f"{name}/line_scale")),
+            self._initializer(_tensor(point, code_type, f"{name}/line_zero_point")),
+        )
 
     def _stays_float(self, value: ir.Value) -> bool:
         return value.is_graph_output() and not self.plan.target.quantised_outputs

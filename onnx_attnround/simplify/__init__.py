@@ -19,7 +19,11 @@ from onnx_attnround import graph
 from onnx_attnround.simplify.affine import fold_affine
 from onnx_attnround.simplify.batch_norm import fold_batch_norm
 from onnx_attnround.simplify.gemm_scale import fold_gemm_scale
-from onnx_attnround.simplify.hard_sigmoid import fold_hard_sigmoid, fold_layer_hard_sigmoid
+from onnx_attnround.simplify.hard_sigmoid import (
+    expand_hard_swish,
+    fold_hard_sigmoid,
+    fold_layer_hard_sigmoid,
+)
 from onnx_attnround.simplify.layer_bias import give_own_bias
 from onnx_attnround.simplify.matmul_bias import fold_matmul_bias
 from onnx_attnround.simplify.onnxsim_pass import run_onnxsim
@@ -50,6 +54,7 @@ _PASSES: dict[str, Callable[[ir.Model], int]] = {
     "fold-matmul-bias": fold_matmul_bias,
     "fold-gemm-scale": fold_gemm_scale,
     "fold-batch-norm": fold_batch_norm,
+    "expand-hard-swish": expand_hard_swish,
     "fold-hard-sigmoid": fold_hard_sigmoid,
     "fold-layer-hard-sigmoid": fold_layer_hard_sigmoid,
     "fold-affine": fold_affine,

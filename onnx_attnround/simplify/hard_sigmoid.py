@@ -29,6 +29,23 @@ def fold_hard_sigmoid(model: ir.Model) -> int:
     return sum(_fold(model, node) for node in list(model.graph) if node.graph is model.graph)
 
 
+def expand_hard_swish(model: ir.Model) -> int:
+    """``HardSwish(x)`` becomes ``x * HardSigmoid(x)``, as which ONNX defines it."""
+    nodes = [node for node in model.graph if node.op_type == "HardSwish" and node.domain == ""]
+    for node in nodes:
+        x, y = node.inputs[0], node.outputs[0]
+        gate = ir.node(
+            "HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}, name=f"{node.name}/hard_sigmoid"
+        )
+        made = gate.outputs[0]
+        made.name, made.type, made.shape = f"{y.name}/hard_sigmoid", y.type, y.shape
+        model.graph.insert_before(node, gate)
+        node.op_type = "Mul"
+        node.resize_inputs(2)
+        node.replace_input_with(1, made)
+    return len(nodes)
+
+
 def fold_layer_hard_sigmoid(model: ir.Model) -> int:
     """``HardSigmoid(W x + b)`` becomes ``Clip(W' x + b', 0, 1)``, which a Q behind it absorbs.
 
