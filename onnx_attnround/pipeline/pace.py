@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from onnx_attnround import qdq
 from onnx_attnround.calibrate import Calibration
+from onnx_attnround.context import Run
 from onnx_attnround.errors import AttnRoundError
 from onnx_attnround.pipeline.activations import plan_parted
-from onnx_attnround.context import Run
 from onnx_attnround.records import BitAllocation, QuantPlan
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify import Latency, float_seconds, measure_speed
