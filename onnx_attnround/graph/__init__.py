@@ -21,6 +21,7 @@ from onnx_attnround.graph.digest import digest_of, model_digest
 from onnx_attnround.graph.editing import (
     attributes_of,
     copy_signature,
+    forget_shapes,
     in_memory,
     input_specs,
     is_read_once,
@@ -51,6 +52,7 @@ __all__ = [
     "digest_of",
     "draws",
     "fits_inline",
+    "forget_shapes",
     "from_proto",
     "in_files",
     "in_memory",

@@ -168,6 +168,19 @@ def copy_signature(source: ir.Model, target: ir.Model) -> None:
             new.shape = new.shape if old.shape is None else old.shape.copy()
 
 
+def forget_shapes(model: ir.Model, source: ir.Model) -> None:
+    """Take from the values inside ``model`` the types and shapes that ``source`` does not state.
+
+    In place. Whoever reads the file infers them again, as for ``source``; they would make up a
+    tenth of a small one. Inputs and outputs keep theirs.
+    """
+    stated = {value.name for node in source.graph for value in node.outputs if value.type}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name not in stated and not value.is_graph_output():
+                value.type = value.shape = None
+
+
 def only_reader(value: ir.Value) -> ir.Node | None:
     """The one node that reads ``value``, ``None`` if it is an output or has other readers."""
     readers = value.consumers()

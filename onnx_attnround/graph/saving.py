@@ -97,6 +97,7 @@ def serialised(model: ir.Model) -> Iterator[bytes]:
         value.const_value = held(tensor)
     proto = ir.to_proto(light)
     del proto.graph.initializer[:]
+    _drop_told(proto.graph, {value.name for value in values})
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
     yield _fields(proto, later=False)
@@ -105,6 +106,17 @@ def serialised(model: ir.Model) -> Iterator[bytes]:
     yield graph
     yield from map(_initializer, values)
     yield _fields(proto, later=True)
+
+
+def _drop_told(proto: onnx.GraphProto, names: Collection[str | None]) -> None:
+    """Leave out the types and shapes of the initializers ``names``: the tensors tell them."""
+    kept = [
+        info
+        for info in proto.value_info
+        if info.name not in names or info.doc_string or info.metadata_props
+    ]
+    del proto.value_info[:]
+    proto.value_info.extend(kept)
 
 
 def _fields(proto: onnx.ModelProto, *, later: bool) -> bytes:

@@ -26,7 +26,7 @@ from onnx_attnround.pipeline.activations import (
 )
 from onnx_attnround.pipeline.log import log_notes, logged
 from onnx_attnround.pipeline.memory_limit import within_limit
-from onnx_attnround.pipeline.notes import few_rows, taken, unblocked
+from onnx_attnround.pipeline.notes import few_rows, larger_note, taken, unblocked
 from onnx_attnround.pipeline.open_inputs import (
     check_samples,
     keep_apart,
@@ -257,6 +257,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         run.notes += rounded_note(run, prepared, quantised, checked)
     if verification is not None:
         run.notes += verification.notes
+        run.notes += larger_note(verification, prepared.given.original, quantised)
     if verification is not None and plan.target.runtime == "onnxruntime":
         run.notes += slower_note(verification.latency, checked.fusion)
     result = QuantizeResult(
@@ -299,6 +300,7 @@ def written(
     model = qdq.insert(prepared.simplified, plan, params, roundings, storage_of(plan, config))
     qdq.fold_weights(model, plan)
     notes = qdq.store_once(model, plan)
+    graph.forget_shapes(model, prepared.given.original)
     _add_provenance(model, config, allocation)
     return model, notes
 

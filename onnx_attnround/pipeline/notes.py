@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import onnx_ir as ir
+
 from onnx_attnround.calibrate import Calibration
 from onnx_attnround.context import Run
 from onnx_attnround.ops import matrix_shape
 from onnx_attnround.records import LayerPlan, LayerRounding, QuantPlan
+from onnx_attnround.verify import Verification
+
+_LINEAR = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def few_rows(plan: QuantPlan, ranges: Calibration, samples: int) -> Iterator[str]:
@@ -73,3 +78,37 @@ def taken(run: Run) -> Iterator[str]:
     if counts := run.checkpoint.taken:
         found = ", ".join(f"{stage} {count}" for stage, count in counts.items())
         yield f"results taken from '{run.config.work_dir}': {found}"
+
+
+def larger_note(
+    verification: Verification, float_model: ir.Model, quantised: ir.Model
+) -> Iterator[str]:
+    """A note if the file is larger than the float model, with the content that grew most."""
+    before, after = verification.float_bytes, verification.quantised_bytes
+    if after <= before:
+        return
+    old, new = (_contents(*each) for each in ((float_model, before), (quantised, after)))
+    most = max(new, key=lambda kind: new[kind] - old[kind])
+    yield (
+        f"the file is larger than the float model, {after:,} bytes of {before:,}: {most} take "
+        f"{new[most]:,} bytes, of {old[most]:,}"
+    )
+
+
+def _contents(model: ir.Model, size: int) -> dict[str, int]:
+    """The bytes of a file of ``size`` by what takes them."""
+    large = small = 0
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                large += attribute.as_tensor().nbytes
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            bytes_of = 0 if value.const_value is None else value.const_value.nbytes
+            few = any(use.node.op_type in _LINEAR and use.idx > 0 for use in value.uses())
+            small, large = small + bytes_of * few, large + bytes_of * (not few)
+    return {
+        "weights and other constants": large,
+        "scales and zero points": small,
+        "nodes, and names of constants": size - large - small,
+    }

@@ -43,3 +43,21 @@ def test_tokens_count_and_not_sentences(samples: int, length: int, told: int) ->
     found = notes(TOKENS, RNG.normal(size=(samples, length, 48)))
     assert len(found) == min(told, 1)
     assert all(note.startswith("2 layers are") and "24 rows for 48" in note for note in found)
+
+
+def test_a_file_that_grows_says_what_grew() -> None:
+    """A weight of one number costs more in names than it saves."""
+    tiny = """net (float[N, 1, 8, 8] x) => (float[N, 1, 8, 8] y) <float[1, 1, 1, 1] w>
+    { y = Conv(x, w) }"""
+    x = RNG.normal(size=(8, 1, 8, 8)).astype(np.float32)
+    result = quantize(build(tiny), x, method="nearest")
+    (note,) = [note for note in result.notes if "larger than the float model" in note]
+    found = result.verification
+    assert f"{found.quantised_bytes:,} bytes of {found.float_bytes:,}: nodes, and names" in note
+
+
+def test_a_file_that_shrinks_says_nothing_of_it() -> None:
+    x = RNG.normal(size=(8, 3, 12, 12)).astype(np.float32)
+    result = quantize(build(POOLED), x, method="nearest")
+    assert result.verification.quantised_bytes < result.verification.float_bytes
+    assert not [note for note in result.notes if "larger than" in note]
