@@ -38,11 +38,6 @@ def open_one(model: ir.Model, kind: Kind, threads: int | None) -> Forward:
     return _open(model, kind, error, threads=threads)
 
 
-def open_run(model: ir.Model) -> Run:
-    """Runs of the float model alone, on one thread; raises ``ModelError`` if it does not load."""
-    return _open(model, "float", ModelError, threads=1)
-
-
 def run_both(runs: Runs, feed: Feed) -> tuple[Outputs, Outputs]:
     """Outputs of the float and the quantised model; ``OutputError`` if the names differ."""
     expected, got = runs[0](feed), runs[1](feed)

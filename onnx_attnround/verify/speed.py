@@ -18,8 +18,8 @@ from onnx_attnround.verify.runs import (
     Feed,
     Models,
     Runs,
+    open_one,
     open_pair,
-    open_run,
     run_both,
     sample_count,
 )
@@ -36,7 +36,7 @@ def float_seconds(model: ir.Model, samples: Samples) -> float:
 
     Raises ``ModelError`` if it does not load or run.
     """
-    run, feed = open_run(model), next(samples.batches(1))
+    run, feed = open_one(model, "float", 1), next(samples.batches(1))
     run(feed)
     return float(np.median(timeit.repeat(partial(run, feed), number=1, repeat=LATENCY_PAIRS[0])))
 
