@@ -27,8 +27,10 @@ from onnx_attnround.verify.runs import (
 CLOCK = (
     time.thread_time if time.get_clock_info("thread_time").resolution <= 1e-6 else time.perf_counter
 )
-"""Tells the time of a run on one thread, which is the caller's: that of the thread, where it is fine
-enough, in which nothing counts that other processes do meanwhile."""
+"""Tells the time of a run on one thread, the caller's.
+
+By what that thread computes, where that is told finely enough: other processes count for nothing.
+"""
 
 LATENCY_SECONDS = 1.0
 """The seconds for which both models are timed, as far as ``LATENCY_PAIRS`` allow."""
