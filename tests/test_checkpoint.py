@@ -371,7 +371,7 @@ def test_a_missed_gate_keeps_the_results_for_another_gate(tmp_path: Path, unbrok
         run(out, work, min_sqnr=90.0)
     result = quantize(RESNET, samples(), config(work), output=out)
     assert out.read_bytes() == unbroken
-    counts = "smooth 1, calibrate 1, stem 1, pace 1, round 9"
+    counts = "smooth 1, calibrate 1, float 1, pace 1, round 9"
     assert f"results taken from '{work}': {counts}" in result.notes
 
 
