@@ -57,6 +57,7 @@ from onnx_attnround.records import (
     QuantPlan,
 )
 from onnx_attnround.report.result import QuantizeResult
+from onnx_attnround.runtime.footprint import affordable_batch
 from onnx_attnround.runtime.session import custom_ops
 from onnx_attnround.samples import Samples, open_samples
 from onnx_attnround.samples.preprocess import Preprocess, Transform
@@ -235,7 +236,8 @@ def planned(run: Run, given: Loaded) -> tuple[Run, Loaded, ir.Model, QuantPlan]:
         simplified, plan = plan_parted(
             simplified, run.config, quantise_activations=quantise_activations
         )
-        return *_within_limit(run, given, simplified, plan), simplified, plan
+        run, given = _within_limit(run, given, simplified, plan)
+        return run, _in_room(given, simplified), simplified, plan
 
 
 def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeResult:
@@ -335,6 +337,12 @@ def _in_batches(given: Loaded, most: int) -> Loaded:
         samples=given.samples and given.samples.at_most(most),
         evaluation=given.evaluation and given.evaluation.at_most(most),
     )
+
+
+def _in_room(given: Loaded, simplified: ir.Model) -> Loaded:
+    """The samples in batches whose activations do not take too much memory."""
+    judged = given.samples or given.judged_on
+    return given if judged is None else _in_batches(given, affordable_batch(simplified, judged))
 
 
 def _allocate(

@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +55,9 @@ WIDE_PATCHES = 8192
 
 MANY_INPUTS = 128
 """From so many inputs on, products take so long that bfloat16 is worth its error."""
+
+PIECE = 4 << 20
+"""The numbers in patches of one stream that are looked at together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,16 +132,17 @@ def collect(
     kind = _Products if depth <= WIDE else _Patches
     short = codes and depth >= MANY_INPUTS
     folds = [kind(weight, short) if correlations else _Powers(weight) for _ in range(FOLDS)]
-    seen = 0
+    seen, wanted = 0, wanted_patches(depth, correlations=correlations)
+    each = -(-wanted // max(count, 1))
     for x, v in batches:
-        rows_x, rows_v = _rows(layer, x, v, params, seen, count, depth)
         # Judged once for the batch, since to look at each patch takes longer.
         finite = bool(x.isfinite().all()) and bool(v.isfinite().all())
-        e = torch.sub(rows_x, rows_v, alpha=scale)
-        for fold, part in _fold_slices(seen, x.shape[0], count, rows_v.shape[1]):
-            kept = slice(None) if finite else e[:, part].isfinite().all(-1).all(0)
-            folds[fold].add(rows_v[:, part][:, kept], e[:, part][:, kept], scale)
-        seen += x.shape[0]
+        for samples, rows_x, rows_v in _rows(layer, x, v, params, seen, each, depth):
+            e = torch.sub(rows_x, rows_v, alpha=scale)
+            for fold, part in _fold_slices(seen, samples, count, rows_v.shape[1]):
+                kept = slice(None) if finite else e[:, part].isfinite().all(-1).all(0)
+                folds[fold].add(rows_v[:, part][:, kept], e[:, part][:, kept], scale)
+            seen += samples
     if not seen:
         raise ValueError("no batches")
     return _moments([fold for fold in folds if fold.total] or folds[:1], centred=centred)
@@ -193,19 +197,26 @@ def _rows(
     v: torch.Tensor,
     params: QuantParams | None,
     seen: int,
-    count: int,
+    each: int,
     depth: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled patches of both streams, ``[g, n, d]``; ``v`` in steps of its scale, from zero.
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """How many samples, and their sampled patches in both streams, ``[g, n, d]``, piece by piece.
 
-    Small integers they stay exact in bfloat16 (:func:`_short_products`); the sums are scaled later.
+    ``each`` are wanted of a sample. Those of ``v`` are in steps of their scale, from zero: small
+    integers, they stay exact in bfloat16 (:func:`_short_products`); the sums are scaled later.
     """
     zero = 0.0 if params is None else float(params.zero_point)
     grid_x, grid_v = (input_grid(layer, _plain(values)) for values in (x, v))
-    index = _positions(len(grid_x.x), grid_x.count, seen, count, depth)
-    sources = grid_x.sources(index)
-    rows_v = grid_v.rows(sources, zero).float()
-    return grid_x.rows(sources), rows_v if params is None else rows_v.sub_(zero)
+    width = max(min(each, grid_x.count) * depth * grid_x.groups, 1)
+    step = max(PIECE // width, 1)
+    for start in range(0, len(grid_x.x), step):
+        piece_x, piece_v = (
+            replace(grid, x=grid.x[start : start + step]) for grid in (grid_x, grid_v)
+        )
+        samples = len(piece_x.x)
+        sources = piece_x.sources(_positions(samples, piece_x.count, seen + start, each))
+        rows_v = piece_v.rows(sources, zero).float()
+        yield samples, piece_x.rows(sources), rows_v if params is None else rows_v.sub_(zero)
 
 
 def _plain(values: torch.Tensor) -> torch.Tensor:
@@ -213,21 +224,24 @@ def _plain(values: torch.Tensor) -> torch.Tensor:
     return values.int() if values.dtype == torch.uint16 else values
 
 
-def wanted_patches(depth: int) -> int:
-    """How many patches of ``depth`` entries are looked at, where there are as many."""
+def wanted_patches(depth: int, *, correlations: bool = True) -> int:
+    """How many patches of ``depth`` entries are looked at, where there are as many.
+
+    Powers alone need no more of them the more entries there are.
+    """
     if depth > WIDE:
         return WIDE_PATCHES
-    return max(min(PER_INPUT * depth, ENOUGH), LEAST_PER_INPUT * depth)
+    enough = min(PER_INPUT * depth, ENOUGH)
+    return max(enough, LEAST_PER_INPUT * depth) if correlations else enough
 
 
-def _positions(samples: int, positions: int, seen: int, count: int, depth: int) -> torch.Tensor:
-    """Flat positions ``[samples, p]``: all of them, or a low-discrepancy subset."""
-    per_sample = -(-wanted_patches(depth) // max(count, 1))
-    if per_sample >= positions:
+def _positions(samples: int, positions: int, seen: int, each: int) -> torch.Tensor:
+    """Flat positions ``[samples, p]``: all of them, or a low-discrepancy subset of ``each``."""
+    if each >= positions:
         return torch.arange(positions).expand(samples, positions)
-    places = golden_places(seen * per_sample, samples * per_sample)
+    places = golden_places(seen * each, samples * each)
     chosen = np.floor(places * positions).astype(np.int64)
-    return torch.from_numpy(chosen.reshape(samples, per_sample))
+    return torch.from_numpy(chosen.reshape(samples, each))
 
 
 class _Sums(ABC):

@@ -108,6 +108,7 @@ def open_session(
     optimised_model: Path | None = None,
     optimise: bool = True,
     signed_activations: bool = False,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on ``model``; raises ``ModelError`` if ONNX Runtime refuses it.
 
@@ -116,7 +117,8 @@ def open_session(
     ``threads`` bounds the threads inside an op (default: all cores);
     ``optimised_model`` is where ONNX Runtime writes the graph that it runs, with
     ``optimise`` false as it is given. ``signed_activations`` are fused, as they
-    are by default on ARM alone.
+    are by default on ARM alone. ``profile`` is what the name of a file begins with that
+    ``end_profiling`` fills.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
@@ -131,6 +133,8 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if signed_activations:
         options.add_session_config_entry("session.qdqisint8allowed", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimised_model is not None:
         options.optimized_model_filepath = str(optimised_model)
     try:

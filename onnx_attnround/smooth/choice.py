@@ -54,16 +54,19 @@ def choose(statistics: Statistics, layers: Sequence[JudgedLayer], observer: str)
     better on both. Where the observer is the default, the full range is another choice.
     """
 
-    def errors(form: Form, watch: str) -> Array:
-        return np.array([_error(statistics, layers, form, watch, f) for f in range(FOLDS)])
+    def errors(form: Form, watches: Sequence[str]) -> dict[str, Array]:
+        """Of each observer, by fold."""
+        found = [_errors(statistics, layers, form, watches, fold) for fold in range(FOLDS)]
+        return dict(zip(watches, np.stack(found, 1), strict=True))
 
     quick = ("minmax",) if observer == "minmax" else ("minmax", "clipped")
-    tried = {form: min((errors(form, watch) for watch in quick), key=np.sum) for form in FORMS}
+    tried = {form: min(errors(form, quick).values(), key=np.sum) for form in FORMS}
     worth = tried[NONE] * (WORTH if statistics.group.folds else _worth_a_node(layers))
     better = [form for form, error in tried.items() if (error < worth).all()]
     form = min(better, key=lambda form: float(tried[form].sum()), default=NONE)
-    observers = {"mse", "minmax"} if observer in ("auto", "mse") else {observer}
-    watch = min(sorted(observers), key=lambda watch: float(errors(form, watch).sum()))
+    observers = ("minmax", "mse") if observer in ("auto", "mse") else (observer,)
+    judged = errors(form, observers)
+    watch = min(observers, key=lambda watch: float(judged[watch].sum()))
     scale = None if form == NONE else scale_of(statistics, form, range(FOLDS))
     return Smoothing(scale=scale, observer=watch)
 
@@ -84,26 +87,34 @@ def scale_of(statistics: Statistics, form: Form, folds: Sequence[int]) -> Array:
     return scale
 
 
-def _error(
-    statistics: Statistics, layers: Sequence[JudgedLayer], form: Form, observer: str, fold: int
-) -> float:
-    """The error of the layers' outputs on the rows of ``fold``, relative to their power."""
+def _errors(
+    statistics: Statistics,
+    layers: Sequence[JudgedLayer],
+    form: Form,
+    observers: Sequence[str],
+    fold: int,
+) -> Array:
+    """The error of the layers' outputs on the rows of ``fold``, relative to their power.
+
+    One with each of ``observers``.
+    """
     others = [other for other in range(FOLDS) if other != fold]
     scale = scale_of(statistics, form, others)
     low, high = statistics.ends(others)
     ends = float((low / scale).min()), float((high / scale).max())
     factors = torch.from_numpy(scale)
-    total = 0.0
+    totals = np.zeros(len(observers))
     for layer in layers:
         by_input = factors[layer.channels][:, None]
         learned, judged = (statistics.rows(layer.plan, f) / by_input for f in (others[0], fold))
         weight = layer.weight * by_input
         wanted = judged @ weight.transpose(1, 2)
-        x = _activations(judged, learned, ends, statistics.group.spec, observer)
-        got = x @ _nearest(weight, layer.spec).transpose(1, 2)
-        power = float(wanted.square().sum())
-        total += float((got - wanted).square().sum()) / max(power, TINY)
-    return total
+        rounded = _nearest(weight, layer.spec).transpose(1, 2)
+        power = max(float(wanted.square().sum()), TINY)
+        for index, observer in enumerate(observers):
+            x = _activations(judged, learned, ends, statistics.group.spec, observer)
+            totals[index] += float((x @ rounded - wanted).square().sum()) / power
+    return totals
 
 
 def _activations(
@@ -150,8 +161,11 @@ def _nearest(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 def _rounded(rows: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Scales by the largest magnitude, or by a share of it where few bits gain by that."""
     peak = rows.abs().amax(-1, keepdim=True).clamp_min(TINY) / spec.qmax
-    best, least = rows, torch.full_like(peak, torch.inf)
-    for share in (1.0,) if spec.bits > 6 else (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+    best = (rows / peak).round_().clamp_(spec.qmin, spec.qmax).mul_(peak)
+    if spec.bits > 6:
+        return best
+    least = (best - rows).square().sum(-1, keepdim=True)
+    for share in (0.9, 0.8, 0.7, 0.6, 0.5):
         scale = peak * share
         tried = (rows / scale).round_().clamp_(spec.qmin, spec.qmax).mul_(scale)
         error = (tried - rows).square().sum(-1, keepdim=True)

@@ -111,6 +111,8 @@ def verify(  # noqa: PLR0913, each says one thing of how it is measured
         labels,
         step,
     )
+    apart, notes = dict(comparison.apart), tuple(comparison.notes())
+    del comparison  # which holds sessions of both models, and so does what follows
     simplified, planned = layers or (float_model, ())
     layer_sqnr = compare_layers((simplified, quantised), planned, samples, threads, step)
     latency = measure_speed(models, samples, speed_batch)
@@ -121,16 +123,16 @@ def verify(  # noqa: PLR0913, each says one thing of how it is measured
         outputs=tuple(
             sums.result()
             for name, sums in outputs.items()
-            if sums.comparable and name not in comparison.apart
+            if sums.comparable and name not in apart
         ),
         accuracy=accuracy,
         layer_sqnr=layer_sqnr,
         not_compared=(
-            *comparison.apart,
+            *apart,
             *(name for name, sums in outputs.items() if not sums.comparable),
             *(layer.node for layer in planned if layer.node not in layer_sqnr),
         ),
-        notes=tuple(comparison.notes()),
+        notes=notes,
         latency=latency,
         float_bytes=serialised_bytes(float_model),
         quantised_bytes=serialised_bytes(quantised),

@@ -25,7 +25,10 @@ LAYER_SAMPLES = 64
 """The samples on which layers are compared."""
 
 LAYER_BATCH = 8
-"""The samples of a run: the outputs of all layers of a batch are held at once."""
+"""The most samples of a run: the outputs of all layers of a batch are held at once."""
+
+LAYER_BYTES = 64 << 20
+"""The most bytes of these outputs, in both models, unless those of one sample take more."""
 
 
 def compare_outputs(
@@ -68,7 +71,8 @@ def compare_layers(
         return {}
     run, sums = open_shared(models, list(found), threads), dict[str, Sums]()
     mask = find_mask(models[0])
-    for feed in batches(samples, LAYER_BATCH, LAYER_SAMPLES):
+    size = _affordable(run(next(samples.batches(1))))
+    for feed in batches(samples, size, LAYER_SAMPLES):
         expected, got = run(feed)
         for name, value in expected.items():
             sums.setdefault(name, Sums(name)).add(value, got[name], tokens(feed, mask))
@@ -96,6 +100,12 @@ def output_sqnr(
     )
     compared = [total for total in sums.values() if total.comparable and total.floating]
     return min((total.sqnr_db for total in compared), default=math.inf)
+
+
+def _affordable(found: tuple[Outputs, Outputs]) -> int:
+    """How many samples' layers to hold at once, from what those of one are."""
+    used = sum(int(value.nbytes) for outputs in found for value in outputs.values())
+    return max(1, min(LAYER_BATCH, LAYER_BYTES // max(used, 1)))
 
 
 def check_labels(labels: Array | None, evaluation: Samples | None, model: ir.Model) -> None:

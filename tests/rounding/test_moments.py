@@ -245,6 +245,26 @@ def test_patches_grow_with_the_inputs(depth: int, patches: int) -> None:
     assert wanted_patches(depth) == patches
 
 
+def test_powers_need_no_more_patches_for_more_inputs() -> None:
+    assert wanted_patches(4096, correlations=False) == wanted_patches(32, correlations=False)
+    assert wanted_patches(9, correlations=False) == wanted_patches(9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_patches_may_be_looked_at_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to a sample at a time; which sample is in which fold stays the same."""
+    case = given_case(name)
+    whole = case.collect(centred=True)
+    monkeypatch.setattr(moments, "PIECE", 1)
+    pieces = case.collect(5, centred=True)
+    for one, other in zip((whole, *whole.folds), (pieces, *pieces.folds), strict=True):
+        for kind in ("gram", "linear", "power", "mean_v", "mean_e"):
+            wanted = part(one, kind)
+            np.testing.assert_allclose(
+                part(other, kind), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max()
+            )
+
+
 def test_no_batches_is_an_error() -> None:
     case = given_case("gemm")
     with pytest.raises(ValueError, match="no batches"):
