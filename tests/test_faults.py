@@ -21,7 +21,8 @@ from onnx_attnround.__main__ import main
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"load", "simplify", "plan", "smooth", "calibrate", "round", "write", "check", "verify"}
+STAGES = {"load", "simplify", "plan", "smooth", "calibrate", "pace"}
+STAGES |= {"round", "write", "check", "verify"}
 RUN = ("in.onnx", "out.onnx", "--calib", "calib.npz", "--threads", "1")
 TEXT = """
 net (float[N, 2, 6, 6] x) => (float[N, 3] y)

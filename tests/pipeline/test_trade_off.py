@@ -23,7 +23,7 @@ from onnx_attnround.records import Event
 pytestmark = pytest.mark.slow
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
-SHARED = ["load", "simplify", "plan", "smooth", "calibrate"]
+SHARED = ["load", "simplify", "plan", "smooth", "calibrate", "pace"]
 OWN = ["round", "write", "check", "verify"]
 RESNET, EVALUATION = MODELS / "digits_resnet.onnx", MODELS / "digits_eval.npz"
 
