@@ -191,7 +191,7 @@ def test_bits_by_measured_errors() -> None:
     assert 3.0 < result.allocation.mean_bits <= 3.5
     assert len(set(result.allocation.bits.values())) > 2
     assert sqnr(result) > sqnr(result_of(weight_bits=3))
-    assert list(result.seconds) == [*STAGES[:5], "measure", *STAGES[5:]]
+    assert list(result.seconds) == [*STAGES[:6], "measure", *STAGES[6:]]
     assert list(result_of(weight_bits=3, allocator="gram").seconds) == STAGES
 
 
