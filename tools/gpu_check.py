@@ -19,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import torch
 
@@ -48,32 +47,35 @@ def main() -> int:
     if device == "cuda":
         print(torch.cuda.get_device_name(0))
     made = options.out / "resnet18"
-    images = 32 if options.dry_run else IMAGES
+    images = 8 if options.dry_run else IMAGES
     making = subprocess.Popen(
         [sys.executable, ROOT / "tools" / "build_resnet18.py", made, "--images", str(images)]
     )  # takes some ten seconds, beside the comparisons
     samples = 32 if options.dry_run else 256
-    agree = [_compare(*network, device, samples) for network in networks()]
+    agree = [_compare(*network, device, samples) for network in networks(options.dry_run)]
     if making.wait():
         print("the ResNet-18 could not be made")
         return 1
-    _measure(made, device, options.out)
-    _profile(made, device, options.out, images // 8)
+    timed = made / "resnet18.onnx", made / "calib.npy"
+    if options.dry_run:
+        timed = networks(options.dry_run)[0][:2]
+    _measure(*timed, device, options.out)
+    _profile(*timed, device, options.out, 32 if options.dry_run else IMAGES // 8)
     return 0 if all(agree) else 1
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with few images")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, small")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 
 
-def networks() -> list[tuple[Path, Path, str | None]]:
+def networks(dry_run: bool) -> list[tuple[Path, Path, str | None]]:
     """Models, their samples and how these are preprocessed."""
-    if "ATTNROUND_DATA" in os.environ:
+    if "ATTNROUND_DATA" in os.environ and not dry_run:
         data = Path(os.environ["ATTNROUND_DATA"])
         samples = data / "cifar10" / "calib.npz"
         names = "resnet20_cifar", "mobilenetv2_cifar"
@@ -106,29 +108,30 @@ def _sqnr(result: QuantizeResult) -> float:
     return float(result.verification.outputs[0].sqnr_db)
 
 
-def _measure(made: Path, device: str, out: Path) -> None:
-    """Seconds of each stage of a ResNet-18 with all images."""
+def _measure(model: Path, samples: Path, device: str, out: Path) -> None:
+    """Seconds of each stage with all images."""
     begin = time.perf_counter()
-    result = _resnet18(made, device, IMAGES)
+    result = quantize(model, samples, weight_bits=4, samples=IMAGES, device=device)
     total = time.perf_counter() - begin
     stages = {stage: round(seconds, 2) for stage, seconds in result.seconds.items()}
     (out / "stages.json").write_text(json.dumps({"total": round(total, 2), **stages}, indent=1))
-    count = len(np.load(made / "calib.npy", mmap_mode="r"))
     told = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages.items())
-    print(f"ResNet-18 at 224, W4A8, {count} images on {device}: {total:.1f} s (goal for {IMAGES} "
-          f"on a GPU: {GOAL_SECONDS} s), {_sqnr(result):.2f} dB; {told}")  # fmt: skip
+    print(f"{model.stem}, W4A8, up to {IMAGES} images on {device}: {total:.1f} s (goal of a "
+          f"ResNet-18 on a GPU: {GOAL_SECONDS} s), {_sqnr(result):.2f} dB; {told}")  # fmt: skip
     if device == "cuda":
         print(f"peak of PyTorch's memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
-def _profile(made: Path, device: str, out: Path, count: int) -> None:
+def _profile(model: Path, samples: Path, device: str, out: Path, count: int) -> None:
     """The functions and kernels that take most time, in a second run with fewer images."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     functions = cProfile.Profile()
     with torch.profiler.profile(activities=activities) as kernels:
-        functions.runcall(_resnet18, made, device, count)
+        functions.runcall(
+            quantize, model, samples, weight_bits=4, samples=count, device=device
+        )
     by = f"self_{device}_time_total"
     (out / "kernels.txt").write_text(kernels.key_averages().table(sort_by=by, row_limit=25))
     with (out / "functions.txt").open("w") as file:
@@ -137,12 +140,6 @@ def _profile(made: Path, device: str, out: Path, count: int) -> None:
     for path in ("functions.txt", "kernels.txt"):
         lines = [line for line in (out / path).read_text().splitlines() if line.strip()]
         print("\n".join(line[:110] for line in lines[:16]))
-
-
-def _resnet18(made: Path, device: str, samples: int) -> QuantizeResult:
-    return quantize(
-        made / "resnet18.onnx", made / "calib.npy", weight_bits=4, samples=samples, device=device
-    )
 
 
 if __name__ == "__main__":
