@@ -151,7 +151,7 @@ FAULTS = {
         late=True,
     ),
     "setting unknown": Fault(
-        "unknown option `weight_bit`",
+        "unknown key 'weight_bit': did you mean 'weight_bits'?",
         write("a.toml", b"weight_bit = 4"),
         (*RUN, "--config", "a.toml"),
         code=2,
