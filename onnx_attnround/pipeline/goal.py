@@ -40,6 +40,9 @@ POWER = {"drop": 1.0, "agreement": 0.5, "sqnr": 1.0, "metric": 1.0}
 in proportion to the amplitude of the noise, and of those crossings that turn right into wrong
 and back the first order cancels."""
 
+AIM = 0.95
+"""The noise that a proposal aims at, 1 just reaching the goal: one that just misses is lost."""
+
 FURTHEST = 30.0
 """The factor of noise power by which one proposal differs from the last, at most."""
 
@@ -174,6 +177,7 @@ class _Search:
         if self.run.config.prefer == "speed":
             found = found[-1:]  # widths change the size alone
         missed, met = -1, len(found)
+        measured: list[tuple[float, float]] = []
         at = _first(found, self.goal)
         for number in range(FILES):
             trial = run.part(_settings(run.config, found[at]), f"{number + 1}")
@@ -184,7 +188,9 @@ class _Search:
                 missed = at
             if met - missed <= 1 or _close(found, missed, met):
                 return
-            at = _next(found, at, reading, POWER[self.goal.kind], missed, met)
+            noise = reading.excess ** (1 / POWER[self.goal.kind])
+            measured.append((found[at].error, noise))
+            at = _next(found, measured, missed, met)
 
     def _make(self, run: Run, prepared: Prepared) -> Figure:
         """One file and its figure."""
@@ -249,13 +255,22 @@ def _first(found: Sequence[Proposal], goal: Goal) -> int:
 
 
 def _next(
-    found: Sequence[Proposal], at: int, reading: Figure, power: float, missed: int, met: int
+    found: Sequence[Proposal], measured: Sequence[tuple[float, float]], missed: int, met: int
 ) -> int:
-    """The smallest file of those still in question whose noise should be low enough."""
-    factor = max(reading.excess, 1e-12) ** (1 / power)
-    factor = min(max(factor, 1 / FURTHEST), FURTHEST)
-    wanted = _smallest(found, found[at].error / factor)
-    return min(max(wanted, missed + 1), met - 1)
+    """The smallest file of those still in question whose noise should be low enough.
+
+    ``measured`` has the predicted error and the measured noise of each file so far, 1 where the
+    goal is just reached. One file tells a factor between the two; two tell what is predicted
+    beside it, such as the error of the activations.
+    """
+    at, noise = measured[-1]
+    wanted = AIM * at / min(max(noise, 1 / FURTHEST), FURTHEST)
+    (first, low), *others = sorted(measured, key=lambda each: abs(each[1] - 1.0))
+    for second, high in others[:1]:
+        slope = (high - low) / (second - first) if second != first else 0.0
+        if 0 < slope < math.inf:
+            wanted = first + (AIM - low) / slope
+    return min(max(_smallest(found, wanted), missed + 1), met - 1)
 
 
 def _smallest(found: Sequence[Proposal], error: float) -> int:

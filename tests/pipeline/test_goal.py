@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from onnx_attnround import QuantConfig, QuantizeResult, quantize
 from onnx_attnround.__main__ import main
 from onnx_attnround.errors import CalibrationError, ConfigError, GateError
+from onnx_attnround.pipeline.goal import Proposal, _next
 
 pytestmark = pytest.mark.slow
 
@@ -138,3 +140,14 @@ def test_the_settings_in_the_file_make_it_again() -> None:
     again = quantize(RESNET, samples, result.config, evaluation=EVALUATION)
     for node, rounding in result.roundings.items():
         np.testing.assert_array_equal(rounding.codes, again.roundings[node].codes)
+
+
+def test_two_files_tell_what_is_predicted_beside_the_noise() -> None:
+    """Of errors that are predicted ten too high, and noise that is half of the true ones."""
+    found = [Proposal(bits={}, stored=at, error=10.0 + 2.0 * (20 - at)) for at in range(21)]
+    noise = [0.1 * (20 - at) for at in range(21)]  # 1 at the tenth, and less behind it
+    measured = [(found[at].error, noise[at]) for at in (20, 18)]
+    assert _next(found, measured, -1, 18) == 11
+    assert _next(found, measured[:1], -1, 20) < 20
+    assert _next(found, [*measured, (found[9].error, noise[9])], 9, 18) == 11
+    assert _next(found, [(found[0].error, math.inf)], 0, 21) == 20
