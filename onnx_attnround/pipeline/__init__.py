@@ -242,6 +242,24 @@ def planned(run: Run, given: Loaded) -> tuple[Run, Loaded, ir.Model, QuantPlan]:
 
 def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeResult:
     """The stages from the bits of ``run.config`` on; raises ``GateError`` as :func:`quantize`."""
+    return conclude(run, prepared, make(run, prepared), output)
+
+
+def conclude(
+    run: Run, prepared: Prepared, result: QuantizeResult, output: Path | str | None
+) -> QuantizeResult:
+    """What was made, with advice where that is due, held against the gates and written."""
+    found = result.ranges.params, result.roundings, result.verification
+    result = replace(result, advice=advice(run, prepared, *found))
+    log_notes(result.notes)
+    _check_gates(result, run.config)
+    if output is not None:
+        graph.save(result.model, Path(output), source=prepared.given.source)
+    return result
+
+
+def make(run: Run, prepared: Prepared) -> QuantizeResult:
+    """A file with the bits of ``run.config``, checked and verified, not yet judged or written."""
     plan = prepared.plan
     config = run.config
     allocation = allocate_bits(prepared, config)
@@ -262,7 +280,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         run.notes += larger_note(verification, prepared.given.original, quantised)
     if verification is not None and plan.target.runtime == "onnxruntime":
         run.notes += slower_note(verification.latency, checked.fusion)
-    result = QuantizeResult(
+    return QuantizeResult(
         model=quantised,
         config=config,
         plan=plan,
@@ -276,13 +294,7 @@ def finish(run: Run, prepared: Prepared, output: Path | str | None) -> QuantizeR
         notes=(*run.notes, *taken(run)),
         seconds=run.seconds,
         source=prepared.given.source,
-        advice=advice(run, prepared, params, roundings, verification),
     )
-    log_notes(result.notes)
-    _check_gates(result, config)
-    if output is not None:
-        graph.save(quantised, Path(output), source=prepared.given.source)
-    return result
 
 
 def allocate_bits(prepared: Prepared, config: QuantConfig) -> BitAllocation:

@@ -14,18 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onnx_attnround import graph, qdq
+from onnx_attnround import qdq
 from onnx_attnround.calibrate.output_error import RoundedModel
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
 from onnx_attnround.errors import CalibrationError, ConfigError
 from onnx_attnround.goals import Goal
-from onnx_attnround.pipeline import allocate_bits, finish, prepare, storage_of, written
+from onnx_attnround.pipeline import (
+    allocate_bits,
+    conclude,
+    make,
+    prepare,
+    storage_of,
+    written,
+)
 from onnx_attnround.pipeline.prepared import Loaded, Prepared
 from onnx_attnround.plan.bits import by_error_saved, free_layers
 from onnx_attnround.records import LayerErrors
 from onnx_attnround.report.result import GoalSearch, QuantizeResult, Trial
-from onnx_attnround.verify import check_gates
 from onnx_attnround.verify.figures import Figure, figure, load_metric, measure_metric
 from onnx_attnround.verify.speed import serialised_bytes
 
@@ -70,17 +76,15 @@ def reach(run: Run, given: Loaded, output: Path | str | None) -> QuantizeResult:
         raise CalibrationError(
             "what a goal or a size needs is measured, but there are no samples: give `calibration`"
         )
-    runs, made = (_within_size if config.until is None else _until)(run, given)
-    if made.verification is not None:
-        check_gates(made.verification, config)
-    if output is not None:
-        graph.save(made.model, Path(output), source=given.source)
+    runs, prepared, made = (_within_size if config.until is None else _until)(run, given)
+    last = replace(run, seconds=dict(made.seconds))
+    made = conclude(last, prepared, replace(made, seconds=last.seconds), output)
     for each in runs:
         each.checkpoint.remove()
     return made
 
 
-def _within_size(run: Run, given: Loaded) -> tuple[list[Run], QuantizeResult]:
+def _within_size(run: Run, given: Loaded) -> tuple[list[Run], Prepared, QuantizeResult]:
     """The most accurate file of the size, after one rounding, and the run that made it."""
     run, prepared = prepare(run, given)
     found = proposals(prepared, run.config)
@@ -92,8 +96,8 @@ def _within_size(run: Run, given: Loaded) -> tuple[list[Run], QuantizeResult]:
             f"option `size`: the smallest file takes {around + found[0].stored:,} bytes, more than "
             f"{limit:,}: allow more, or narrower `bit_choices`"
         )
-    made = finish(run.part(_settings(run.config, fitting[-1]), "size"), prepared, None)
-    return [run], made
+    made = make(run.part(_settings(run.config, fitting[-1]), "size"), prepared)
+    return [run], prepared, made
 
 
 def _bytes_around(prepared: Prepared, config: QuantConfig, proposal: Proposal) -> int:
@@ -108,19 +112,19 @@ def _bytes_around(prepared: Prepared, config: QuantConfig, proposal: Proposal) -
     return serialised_bytes(model) - proposal.stored
 
 
-def _until(run: Run, given: Loaded) -> tuple[list[Run], QuantizeResult]:
+def _until(run: Run, given: Loaded) -> tuple[list[Run], Prepared, QuantizeResult]:
     """The best file for the goal, with activations in integer if that can reach it."""
     search = _Search(run, given)
     for config in _precisions(run.config):
         search.within(config)
-        if search.reached is not None:
+        if search.reached:
             break
-    return search.runs, search.best()
+    return search.runs, *search.best()
 
 
 def _precisions(config: QuantConfig) -> list[QuantConfig]:
     """The config, and that with float activations, which costs speed, where it has others."""
-    floats = {"act_bits": 32, "activation_bits": {}, "size": None}
+    floats = {"act_bits": 32, "activation_bits": {}}
     return [config] if config.act_bits == 32 else [config, config.model_copy(update=floats)]
 
 
@@ -137,20 +141,22 @@ class _Search:
                 "`labels`, or a goal of agreement"
             )
         self.runs: list[Run] = []
-        self.made: list[tuple[Figure, QuantizeResult]] = []
+        self.made: list[tuple[Figure, Prepared, QuantizeResult]] = []
         self._errors: LayerErrors | None = None
 
     @property
-    def reached(self) -> QuantizeResult | None:
-        """The smallest file of those that reach the goal."""
-        found = [result for figure, result in self.made if figure.reached]
-        return min(found, key=_bytes, default=None)
+    def reached(self) -> bool:
+        """Whether a file reaches the goal."""
+        return any(reading.reached for reading, _, _ in self.made)
 
-    def best(self) -> QuantizeResult:
-        """The smallest file that reaches the goal, else the one that comes nearest."""
-        missed, found = None, self.reached
-        if found is None:
-            nearest, found = min(self.made, key=lambda made: made[0].excess)
+    def best(self) -> tuple[Prepared, QuantizeResult]:
+        """The smallest file that reaches the goal, else the nearest, and what it is made of."""
+        missed = None
+        if self.reached:
+            those = [made for made in self.made if made[0].reached]
+            _, prepared, found = min(those, key=lambda made: _bytes(made[2]))
+        else:
+            nearest, prepared, found = min(self.made, key=lambda made: made[0].excess)
             missed = f"goal {self.goal} is not reached: in the nearest file {nearest.told}"
         trials = tuple(
             Trial(
@@ -162,10 +168,10 @@ class _Search:
                 reached=reading.reached,
                 kept=result is found,
             )
-            for reading, result in self.made
+            for reading, _, result in self.made
         )
         search = GoalSearch(goal=str(self.goal), trials=trials, missed=missed)
-        return replace(found, search=search)
+        return prepared, replace(found, search=search)
 
     def within(self, config: QuantConfig) -> None:
         """Make files of one precision of the activations, until the goal is met closely."""
@@ -194,7 +200,7 @@ class _Search:
 
     def _make(self, run: Run, prepared: Prepared) -> Figure:
         """One file and its figure."""
-        result = finish(run, prepared, None)
+        result = make(run, prepared)
         measured, judged = None, self.given.judged_on
         if result.verification is None or judged is None:
             raise CalibrationError(f"goal '{self.goal}': there are no samples to measure it on")
@@ -204,7 +210,7 @@ class _Search:
                 models, judged, self.given.labels, self.metric, run.config.threads
             )
         reading = figure(self.goal, result.verification, measured)
-        self.made.append((reading, result))
+        self.made.append((reading, prepared, result))
         return reading
 
 

@@ -94,6 +94,17 @@ def test_the_nearest_file_is_kept_where_none_reaches_the_goal(tmp_path: Path) ->
     assert search["goal"] == "sqnr=150" and search["missed"] and search["trials"]
 
 
+def test_a_missed_gate_has_the_file_of_the_search_and_writes_none(tmp_path: Path) -> None:
+    samples, output = np.load(CALIBRATION)["input"][:96], tmp_path / "out.onnx"
+    options = config(until="sqnr=1", min_sqnr=90, method="nearest")
+    with pytest.raises(GateError, match="below `min_sqnr` 90") as caught:
+        quantize(RESNET, samples, options, evaluation=EVALUATION, output=output)
+    result = caught.value.result
+    assert isinstance(result, QuantizeResult) and result.search is not None
+    assert result.advice is not None
+    assert not output.exists()
+
+
 def test_a_drop_is_counted_by_labels() -> None:
     result = made(until="drop=20")
     assert result.verification is not None and result.verification.accuracy is not None
