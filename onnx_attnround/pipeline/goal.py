@@ -33,6 +33,7 @@ from onnx_attnround.plan.bits import by_error_saved, free_layers
 from onnx_attnround.records import LayerErrors
 from onnx_attnround.report.result import GoalSearch, QuantizeResult, Trial
 from onnx_attnround.verify.figures import Figure, figure, load_metric, measure_metric
+from onnx_attnround.verify.runs import open_one
 from onnx_attnround.verify.speed import serialised_bytes
 
 FILES = 4
@@ -143,6 +144,7 @@ class _Search:
         self.runs: list[Run] = []
         self.made: list[tuple[Figure, Prepared, QuantizeResult]] = []
         self._errors: LayerErrors | None = None
+        self._in_float: float | None = None
 
     @property
     def reached(self) -> bool:
@@ -201,17 +203,24 @@ class _Search:
     def _make(self, run: Run, prepared: Prepared) -> Figure:
         """One file and its figure."""
         result = make(run, prepared)
-        measured, judged = None, self.given.judged_on
-        if result.verification is None or judged is None:
+        if result.verification is None:
             raise CalibrationError(f"goal '{self.goal}': there are no samples to measure it on")
-        if self.metric is not None:
-            models = self.given.original, result.model
-            measured = measure_metric(
-                models, judged, self.given.labels, self.metric, run.config.threads
-            )
-        reading = figure(self.goal, result.verification, measured)
+        reading = figure(self.goal, result.verification, self._metric_of(run, result))
         self.made.append((reading, prepared, result))
         return reading
+
+    def _metric_of(self, run: Run, result: QuantizeResult) -> tuple[float, float] | None:
+        """The user's metric of the float model, measured once, and of a file; if there is one."""
+        metric, judged, labels = self.metric, self.given.judged_on, self.given.labels
+        if metric is None or judged is None:
+            return None
+        threads = run.config.threads
+        with run.stage("metric"):
+            if self._in_float is None:
+                in_float = open_one(self.given.original, "float", threads)
+                self._in_float = measure_metric(in_float, judged, labels, metric)
+            made = open_one(result.model, "quantised", threads)
+            return self._in_float, measure_metric(made, judged, labels, metric)
 
 
 def proposals(prepared: Prepared, config: QuantConfig) -> list[Proposal]:

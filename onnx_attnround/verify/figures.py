@@ -17,7 +17,7 @@ from onnx_attnround.goals import Goal
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify.results import Verification
-from onnx_attnround.verify.runs import BATCH, Models, open_pair, run_both
+from onnx_attnround.verify.runs import BATCH, Forward
 
 Metric = Callable[[Mapping[str, Array], Array | None], float]
 """From the outputs over all samples by name, ``[samples, ...]`` each, and labels to a number."""
@@ -77,20 +77,15 @@ def load_metric(function: str) -> Metric:
 
 
 def measure_metric(
-    models: Models, samples: Samples, labels: Array | None, metric: Metric, threads: int | None
-) -> tuple[float, float]:
-    """The metric of the float and of the quantised model over all samples."""
-    runs = open_pair(models, threads)
-    collected: tuple[dict[str, list[Any]], ...] = ({}, {})
+    run: Forward, samples: Samples, labels: Array | None, metric: Metric
+) -> float:
+    """The metric of the outputs that ``run`` gives over all samples."""
+    collected: dict[str, list[Any]] = {}
     for feed in samples.batches(BATCH):
-        for kept, outputs in zip(collected, run_both(runs, feed), strict=True):
-            for name, value in outputs.items():
-                kept.setdefault(name, []).append(value)
-    first, second = (
-        _value(metric, {name: np.concatenate(parts) for name, parts in kept.items()}, labels)
-        for kept in collected
-    )
-    return first, second
+        for name, value in run(feed).items():
+            collected.setdefault(name, []).append(value)
+    outputs = {name: np.concatenate(parts) for name, parts in collected.items()}
+    return _value(metric, outputs, labels)
 
 
 def _value(metric: Metric, outputs: Mapping[str, Array], labels: Array | None) -> float:
