@@ -152,6 +152,10 @@ class QuantPlan:
         """The tensors whose range is found in each run."""
         return tuple(name for name, spec in self.activations.items() if spec.dynamic)
 
+    def own(self, params: Mapping[str, QuantParams]) -> dict[str, QuantParams]:
+        """Those of tensors with a grid of their own: what only moves codes has its source's."""
+        return {name: found for name, found in params.items() if name not in self.same_range}
+
     def __repr__(self) -> str:
         weights = sum(layer.parameters for layer in self.layers)
         return (

@@ -65,7 +65,7 @@ def choose_dynamic(
     gaining = _gaining(model, {name: readers[name] for name in served}, params, alone, config)
     if not gaining:
         return DynamicRanges()
-    own = {name: found for name, found in params.items() if name not in plan.same_range}
+    own = plan.own(params)
     fixed = RoundedModel(model, list(own), alone, config).error(own)
     rest = {name: found for name, found in own.items() if name not in gaining}
     found = RoundedModel(model, list(rest), alone, config, dynamic=gaining).error(rest)

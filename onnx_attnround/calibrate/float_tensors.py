@@ -94,8 +94,7 @@ def find_float_tensors(
     cent of the work is largest. Raises ``CalibrationError`` where ONNX Runtime fails on the
     samples.
     """
-    # What only moves codes has the grid of its source, and is float where that is.
-    params = {name: found for name, found in params.items() if name not in plan.same_range}
+    params = plan.own(params)  # what moves codes is float where its source is
     parted = samples.split(min(PROBED, samples.count // 2))
     if parted is None:
         return FloatTensors()

@@ -255,11 +255,11 @@ def proposals(prepared: Prepared, config: QuantConfig) -> list[Proposal]:
 def _activation_error(prepared: Prepared, config: QuantConfig) -> float:
     """Noise over power of the outputs with the activations alone rounded."""
     params, samples = prepared.ranges.params, prepared.given.samples
-    roots = {name: p for name, p in params.items() if name not in prepared.plan.same_range}
-    if not roots or samples is None:
+    own = prepared.plan.own(params)
+    if not own or samples is None:
         return 0.0
-    rounded = RoundedModel(prepared.simplified, list(roots), samples, config)
-    return math.exp(rounded.error(roots))
+    rounded = RoundedModel(prepared.simplified, list(own), samples, config)
+    return math.exp(rounded.error(own))
 
 
 def _first(found: Sequence[Proposal], goal: Goal) -> int:

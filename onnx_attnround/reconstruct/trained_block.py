@@ -60,7 +60,7 @@ class QuantisedBlock:
                 stored = {None if bias is None else bias.tobytes() for bias in biases}
                 item.fix(with_bias=len(stored) == 1)
         self._plan = plan
-        self._params = {n: p for n, p in params.items() if n not in plan.same_range}
+        self._params = plan.own(params)
         self._read = {name for step in shadow.steps for name in step.inputs}
         free = (self._read & self._params.keys()) - settled
         low = sorted(name for name in free if self._params[name].spec.bits < 8)
