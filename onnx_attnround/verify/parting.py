@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_attnround import graph
 from onnx_attnround.errors import ModelError
 from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.qdq.arithmetic import dynamically
 from onnx_attnround.records import Array
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify.causes import LayerSums, diagnosed
@@ -24,7 +25,7 @@ from onnx_attnround.verify.compare import LAYER_BATCH, LAYER_SAMPLES, batches
 from onnx_attnround.verify.pairs import Pair, match
 from onnx_attnround.verify.results import LayerPair
 from onnx_attnround.verify.runs import Forward, Kind, Models, Outputs, Step, open_one, sample_count
-from onnx_attnround.verify.sites import Codes, Site, find_sites
+from onnx_attnround.verify.sites import Site, find_sites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ def _what_is_read(pair: Pair, expected: Outputs, got: Outputs) -> Array:
     """What the quantised layer computes with, in the shape and type of the float model's input."""
     x, like = got[pair.quantised.x], expected[pair.float.x]
     if pair.quantised.dynamic:
-        x = Codes.of_range(x).rounded(x)
+        x = dynamically(x)
     result: Array = x.reshape(like.shape).astype(like.dtype)
     return result
 

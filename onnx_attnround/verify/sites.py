@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnx_attnround import graph
 from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.qdq.arithmetic import dequantize, dynamic_grid, quantize
 from onnx_attnround.records import Array
 
 CHAIN = 4
@@ -45,16 +46,15 @@ class Codes:
     @classmethod
     def of_range(cls, values: Array) -> Codes:
         """Those that DynamicQuantizeLinear gives to ``values``: of 8 bits, with 0 among them."""
-        low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-        scale = (high - low) / 255 or 1.0
-        zero = np.clip(np.rint(-low / scale), 0, 255)
-        return cls(scale=np.array([scale]), zero_point=np.array([zero]), low=0, high=255)
+        scale, zero = dynamic_grid(values)
+        return cls(scale=np.atleast_1d(scale), zero_point=np.atleast_1d(zero), low=0, high=255)
 
     def rounded(self, values: Array) -> Array:
         """``values`` as codes with one scale have them."""
-        low, high = self.range
-        scale = float(self.scale.flat[0])
-        return np.rint(np.clip(values, low, high) / scale) * scale
+        scale, zero = float(self.scale.flat[0]), float(self.zero_point.flat[0])
+        codes = quantize(values, scale, zero, self.low, self.high)
+        rounded: Array = dequantize(codes, scale, zero)
+        return rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
