@@ -26,7 +26,7 @@ LEAST_SECONDS = 2e-4
 """Of a float run of one sample: below, what a run costs to start and noise decide, not kernels."""
 
 MARGIN = 0.03
-"""Beyond the quartile of the runs, so much of the float model's time must be lost or won."""
+"""So much of its time must be won with activations in float, to give up what integers save."""
 
 LONGEST = 1.0
 """Seconds of a float run in batches, above which single samples tell enough."""
@@ -63,7 +63,7 @@ def _judged(run: Run, variant: Variant, samples: Samples) -> dict[str, str]:
             return integer
         batches = _batches(run, seconds)
         as_planned = _timed(model, variant, samples, batches)
-        if not _slower(as_planned):
+        if not any(latency.slower for latency in as_planned):
             return integer
         alone = _timed(model, _in_float(run, variant), samples, batches)
     except AttnRoundError:  # a file that does not run: the check says so, and what helps
@@ -109,11 +109,6 @@ def _timed(
     made = qdq.insert(model, plan, ranges.params, rounded, storage)
     qdq.fold_weights(made, plan)
     return [measure_speed((reference, made), samples, batch) for batch in batches]
-
-
-def _slower(found: list[Latency]) -> bool:
-    """Whether the float model is faster at one of the batches, beyond what noise makes of it."""
-    return any(latency.spread[1] < 1 - MARGIN for latency in found)
 
 
 def _speeds(found: list[Latency]) -> list[float]:

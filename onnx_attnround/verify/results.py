@@ -18,6 +18,13 @@ calibration samples themselves, to which ranges and weights were fitted.
 """
 
 
+QUARTILES = 1.349
+"""The distance between the quartiles of a normal distribution of deviation 1."""
+
+SURE = 2.0
+"""Standard errors beyond which a difference counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorstSlice:
     """The part of an output at ``index`` of ``axis``, and its SQNR in dB."""
@@ -134,6 +141,20 @@ class Latency:
     quantised_ms: float
     speedup: float
     spread: tuple[float, float]
+
+    @property
+    def error(self) -> float:
+        """The standard error of ``speedup``, as that of a median of values of a normal spread.
+
+        It is sqrt(pi / 2) of that of a mean, whose deviation is taken from the quartiles.
+        """
+        deviation = (self.spread[1] - self.spread[0]) / QUARTILES
+        return math.sqrt(math.pi / 2 / self.pairs) * deviation
+
+    @property
+    def slower(self) -> bool:
+        """Whether the quantised model is slower, beyond what noise makes of equal speeds."""
+        return self.speedup + SURE * self.error < 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

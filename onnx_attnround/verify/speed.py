@@ -68,8 +68,8 @@ def measure_speed(models: Models, samples: Samples, batch: int) -> Latency:
 
 
 def slower_note(latency: Latency, fusion: Fusion) -> list[str]:
-    """A note if a file for ONNX Runtime is slower there than the float model, beyond its spread."""
-    if latency.spread[1] >= 1:
+    """A note if a file for ONNX Runtime is slower there than the float model, beyond noise."""
+    if not latency.slower:
         return []
     total = len(fusion.macs)
     why = (

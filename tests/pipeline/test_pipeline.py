@@ -318,7 +318,7 @@ def test_a_file_that_is_slower_says_so(
 ) -> None:
     def slow(*given: Any) -> Latency:
         return Latency(
-            batch=4, pairs=3, float_ms=1.0, quantised_ms=2.0, speedup=0.5, spread=spread
+            batch=4, pairs=3, float_ms=1.0, quantised_ms=2.0, speedup=sum(spread) / 2, spread=spread
         )
 
     monkeypatch.setattr("onnx_attnround.verify.measure_speed", slow)
