@@ -12,7 +12,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_attnround.check import openvino, openvino_session, ort, qnn, tensorrt
-from onnx_attnround.check.execution import DOES_NOT_RUN, find_faults, made_up_feed
+from onnx_attnround.check.execution import (
+    DOES_NOT_RUN,
+    find_cut_off_sums,
+    find_faults,
+    made_up_feed,
+)
 from onnx_attnround.check.fusion import (
     UNPACKING_OP,
     Fusion,
@@ -103,8 +108,11 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
         runs, fusion = False, expected_fusion(view)
         found += (Finding(rule=DOES_NOT_LOAD, node="(model)", why=str(error), refused=True),)
     given = feed or made_up_feed(model)
+    fits = fits_int16(view, found)
     if runs and given is not None:
         found += tuple(find_faults(view, given))
+        if fits is False and target.runtime == "onnxruntime":
+            found += tuple(find_cut_off_sums(view, given))
     ran = runs and given is not None and all(finding.rule != DOES_NOT_RUN for finding in found)
     if not ran and any(finding.refused for finding in found):
         fusion = refused_fusion(fusion)
@@ -114,5 +122,5 @@ def check(model: ir.Model, target: Target, feed: Mapping[str, Array] | None = No
         fusion=fusion,
         oldest_onnxruntime=oldest_onnxruntime(view),
         ran=ran,
-        fits_int16=fits_int16(view, found),
+        fits_int16=fits,
     )

@@ -17,6 +17,7 @@ from onnx_attnround.graph import choices, input_specs, take_choices, with_output
 from onnx_attnround.records import Array
 from onnx_attnround.runtime.session import (
     ACCURACY_LEVEL,
+    EXACT_SUMS,
     exact_activations,
     open_session,
     told_as,
@@ -77,6 +78,25 @@ def find_faults(view: View, feed: Feed) -> Iterator[Finding]:
     except ModelError:  # some kernels exist only for what the optimiser makes
         return
     yield from _differences(view, feed, wanted, found)
+
+
+def find_cut_off_sums(view: View, feed: Feed) -> Iterator[Finding]:
+    """Whether this CPU by default cuts sums off that it has whole by a session option."""
+    try:
+        usual, again = (
+            _run_ort(view, view.model, feed, optimise=True, exact_sums=False) for _ in range(2)
+        )
+        exact = _run_ort(view, view.model, feed, optimise=True)
+    except ModelError:  # of which ``find_faults`` tells
+        return
+    repeated = _sqnrs(usual, again)  # infinite but where each run is another
+    for name, sqnr in _sqnrs(exact, usual).items():
+        if math.isfinite(sqnr) and repeated[name] == math.inf:
+            why = (
+                f"{sqnr:.1f} dB from what CPUs with VNNI compute, for this one cuts sums off at "
+                f"16 bits: set the session option {EXACT_SUMS} to 1"
+            )
+            yield Finding(rule="sums-cut-off", node=f"(output {name})", why=why, refused=False)
 
 
 def _on_same_choices(view: View, feed: Feed) -> tuple[View, Feed] | None:
@@ -190,10 +210,14 @@ def _run_optimised(view: View, feed: Feed) -> Mapping[str, Array]:
     return _run_ort(view, view.model, feed, optimise=True)
 
 
-def _run_ort(view: View, model: ir.Model, feed: Feed, *, optimise: bool) -> dict[str, Array]:
+def _run_ort(
+    view: View, model: ir.Model, feed: Feed, *, optimise: bool, exact_sums: bool = True
+) -> dict[str, Array]:
     """The outputs of ``model``, that of ``view`` or a copy, by name."""
     signed = view.target.runtime == "onnxruntime" and view.target.activation_signed
-    session = open_session(model, optimise=optimise, signed_activations=signed)
+    session = open_session(
+        model, optimise=optimise, signed_activations=signed, exact_sums=exact_sums
+    )
     names = [output.name for output in session.get_outputs()]
     with told_as(ModelError, "ONNX Runtime cannot run the model"):
         return dict(zip(names, session.run(names, dict(feed)), strict=True))

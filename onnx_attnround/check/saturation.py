@@ -18,6 +18,7 @@ from onnx_attnround.check.view import View, constant
 from onnx_attnround.graph import attributes_of
 from onnx_attnround.ops import is_depthwise
 from onnx_attnround.records import Array
+from onnx_attnround.runtime.session import EXACT_SUMS
 from onnx_attnround.targets import INT16_MAX
 
 _BARE = {
@@ -46,6 +47,8 @@ def pairs_beyond_int16(view: View) -> Findings:
     """No two products of a row add up to more than int16 holds."""
     if not view.target.int16_pairs:
         return
+    with_option = f", and so are all with the session option {EXACT_SUMS} set to 1"
+    option = with_option if view.target.runtime == "onnxruntime" else ""
     for product in products(view):
         codes = constant(product.weight)
         if codes is None or codes.dtype.name != "INT8":
@@ -57,6 +60,7 @@ def pairs_beyond_int16(view: View) -> Findings:
                 f"two codes of its weight add up to {largest}: on x86-64 CPUs without VNNI its "
                 "sums may be cut off at 16 bits, and its output wrong; codes of up to "
                 f"±{view.target.code_limit(highest)} (`weight_range` safe) are exact on all"
+                f"{option}"
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 
 from onnx_attnround.errors import (
     AttnRoundError,
@@ -51,6 +52,13 @@ ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 By default, at level 4, it rounds them to 8 bits in blocks along the inputs; at level 1 it takes
 them as they are.
+"""
+
+EXACT_SUMS = "session.x64quantprecision"
+"""The session option that has x86-64 CPUs without VNNI add products of 8-bit codes in 32 bits.
+
+Other CPUs do so without it. By default those add them two by two in 16 bits, and cut off what
+does not fit.
 """
 
 _exact: ContextVar[bool] = ContextVar("_exact", default=False)
@@ -108,6 +116,7 @@ def open_session(
     optimised_model: Path | None = None,
     optimise: bool = True,
     signed_activations: bool = False,
+    exact_sums: bool = True,
     profile: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on ``model``; raises ``ModelError`` if ONNX Runtime refuses it.
@@ -117,7 +126,8 @@ def open_session(
     ``threads`` bounds the threads inside an op (default: all cores);
     ``optimised_model`` is where ONNX Runtime writes the graph that it runs, with
     ``optimise`` false as it is given. ``signed_activations`` are fused, as they
-    are by default on ARM alone. ``profile`` is what the name of a file begins with that
+    are by default on ARM alone. Without ``exact_sums`` products are added as this CPU does by
+    default, else as CPUs with VNNI do. ``profile`` is what the name of a file begins with that
     ``end_profiling`` fills.
     """
     options = ort.SessionOptions()
@@ -131,8 +141,10 @@ def open_session(
         options.register_custom_ops_library(library)
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if signed_activations:
+    if signed_activations:  # whose kernels are exact by themselves
         options.add_session_config_entry("session.qdqisint8allowed", "1")
+    elif exact_sums:
+        options.add_session_config_entry(EXACT_SUMS, "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimised_model is not None:
@@ -163,7 +175,11 @@ def _session(
     source: str | bytes, options: ort.SessionOptions, device: str
 ) -> ort.InferenceSession:
     providers = _PROVIDERS[device]
-    session = ort.InferenceSession(source, options, providers=providers)
+    try:
+        session = ort.InferenceSession(source, options, providers=providers)
+    except MissingKernel:  # operators on signed codes, exact without the option only
+        options.add_session_config_entry(EXACT_SUMS, "0")
+        session = ort.InferenceSession(source, options, providers=providers)
     if (wanted := providers[0][0]) not in session.get_providers():  # it falls back in silence
         raise ConfigError(
             f"option `device`: got {device}, and ONNX Runtime {ort.__version__} cannot start its "

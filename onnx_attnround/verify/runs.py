@@ -24,18 +24,22 @@ Step = Callable[[str, int], None]
 BATCH = 16
 
 
-def open_pair(models: Models, threads: int | None) -> Runs:
+def open_pair(models: Models, threads: int | None, *, exact_sums: bool = True) -> Runs:
     """Runs of the float and the quantised model, on up to ``threads`` threads.
 
+    Without ``exact_sums`` they add products as this CPU does by default, which may be faster.
     Raises ``ModelError`` or ``OutputError`` for a model that does not load.
     """
-    return open_one(models[0], "float", threads), open_one(models[1], "quantised", threads)
+    float_run = open_one(models[0], "float", threads)
+    return float_run, open_one(models[1], "quantised", threads, exact_sums=exact_sums)
 
 
-def open_one(model: ir.Model, kind: Kind, threads: int | None) -> Forward:
+def open_one(
+    model: ir.Model, kind: Kind, threads: int | None, *, exact_sums: bool = True
+) -> Forward:
     """A run of one of the two; raises as :func:`open_pair`."""
     error = ModelError if kind == "float" else OutputError
-    return _open(model, kind, error, threads=threads)
+    return _open(model, kind, error, threads=threads, exact_sums=exact_sums)
 
 
 def run_both(runs: Runs, feed: Feed) -> tuple[Outputs, Outputs]:

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from layered_models import LAYERED
+from qdq_builder import Builder
 from small_models import build, build_proto, run
 
 from onnx_attnround import graph
@@ -138,3 +139,37 @@ def test_what_onnx_runtime_refuses_is_one_line(tmp_path: Path) -> None:
 )
 def test_first_line(error: BaseException, line: str) -> None:
     assert first_line(error) == line
+
+
+def largest_products(op: str, dtype: str = "UINT8") -> ir.Model:
+    """A layer all of whose codes are the largest that there are, on an input of ones.
+
+    A sum of two products exceeds 16 bits. The operator may be one on integers.
+    """
+    made = Builder(opset=13, ir_version=8)
+    least, weights = -128 if dtype == "INT8" else 0, np.full((8, 8), 127)
+    scale, point = made.constant("s", 1 / 255), made.constant("z", least, dtype)
+    codes = made.node("QuantizeLinear", ["x", scale, point], "q")
+    steps = [made.constant("ws", 1 / 64), made.constant("wz", 0, "INT8")]
+    end = [made.constant("os", 0.5), made.constant("oz", least, dtype)]
+    if op == "QLinearMatMul":
+        weight = made.constant("w", weights, "INT8")
+        made.node(op, [codes, scale, point, weight, *steps, *end], "sums")
+    else:
+        x = made.node("DequantizeLinear", [codes, scale, point], "dq")
+        shape = (8, 8, 1, 1) if op == "Conv" else (8, 8)
+        weight = made.constant("w", weights.reshape(shape), "INT8")
+        made.node(op, [x, made.node("DequantizeLinear", [weight, *steps], "wdq")], "product")
+        made.node("QuantizeLinear", ["product", *end], "sums")
+    made.node("DequantizeLinear", ["sums", *end], "y")
+    return made.build("y", (2, 8, 4, 4) if op == "Conv" else (2, 8))
+
+
+@pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul", "QLinearMatMul"])
+@pytest.mark.parametrize("dtype", ["UINT8", "INT8"])
+def test_sums_are_exact_on_any_cpu(op: str, dtype: str) -> None:
+    """Also on those whose kernels have no such option for signed codes."""
+    model = largest_products(op, dtype)
+    x = np.ones((2, 8, 4, 4) if op == "Conv" else (2, 8), np.float32)
+    (y,) = open_session(model, threads=1).run(None, {"x": x})
+    np.testing.assert_allclose(y, 8 * 127 / 64, atol=0.25)
