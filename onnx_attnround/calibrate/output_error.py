@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from onnx_attnround.config import QuantConfig
-from onnx_attnround.graph import raise_opset
+from onnx_attnround.graph import outputs_of_shares, raise_opset
 from onnx_attnround.numerics import TINY
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams
@@ -122,8 +123,12 @@ class RoundedModel:
         self._feeds = list(_judged(samples, min(config.batch_size, BATCH)))
         self._round(names)
         plain = open_session(model, threads=config.threads, device=config.device)
-        expected = [run_on_samples(plain, self._outputs, feeds) for feeds in self._feeds]
-        self._slices = [Slices(batches) for batches in zip(*expected, strict=True)]
+        expected = [self._run(plain, feeds) for feeds in self._feeds]
+        shares = outputs_of_shares(model)
+        self._slices = [
+            Slices(batches, one_kind=name in shares)
+            for name, batches in zip(self._outputs, zip(*expected, strict=True), strict=True)
+        ]
 
     def only(self, names: Sequence[str]) -> RoundedModel:
         """The same on the same samples, of which a run may round these tensors alone."""
@@ -175,7 +180,10 @@ class RoundedModel:
 
     def outputs(self, feeds: Feeds) -> list[Array]:
         """The float outputs, with the grids among the ``feeds``."""
-        return run_on_samples(self._session, self._outputs, feeds)
+        return self._run(self._session, feeds)
+
+    def _run(self, session: ort.InferenceSession, feeds: Feeds) -> list[Array]:
+        return run_on_samples(session, self._outputs, feeds) if self._outputs else []
 
     def _table(self, params: Mapping[str, QuantParams]) -> dict[str, Array]:
         free = (0.0, 0.0, 0.0)  # of no step: the tensor is taken as it is
@@ -263,17 +271,20 @@ def _with_dynamic_ranges(model: ir.Model, names: Collection[str]) -> ir.Model:
 class Slices:
     """The slices of one output along each axis of moderate length, as the float model gives them.
 
-    An output has one slice, itself, if it has no such axis or its shape changes.
+    An output has one slice, itself, if it has no such axis or its shape changes. All are of
+    ``one_kind``, or of those that :func:`kinds_of` finds.
     """
 
-    def __init__(self, batches: Sequence[Array]) -> None:
+    def __init__(self, batches: Sequence[Array], *, one_kind: bool = False) -> None:
         self._rows = [len(np.atleast_1d(values)) for values in batches]
         self._fixed = len({values.shape[1:] for values in batches}) == 1
         self.expected = self._joined(batches)
         lengths = self.expected.shape[1:] if self._fixed else ()
         self._axes = [axis for axis, length in enumerate(lengths, 1) if length in LENGTHS] or [0]
         largest = float(np.abs(self.expected).max(initial=0.0))
-        self._along = [_Along.of(self._sliced(self.expected, axis), largest) for axis in self._axes]
+        self._along = [
+            _Along.of(self._sliced(self.expected, axis), largest, one_kind) for axis in self._axes
+        ]
 
     def compare(self, batches: Sequence[Array]) -> tuple[Array, int]:
         """The error of each sample, and how many extremes of slices are lost.
@@ -322,13 +333,13 @@ class _Along:
     extremes: tuple[tuple[Array, Array], ...]
 
     @classmethod
-    def of(cls, expected: Array, largest: float) -> _Along:
+    def of(cls, expected: Array, largest: float, one_kind: bool) -> _Along:
         flat = expected.swapaxes(0, 1).reshape(expected.shape[1], -1)
         found = [flat.argmax(1), flat.argmin(1)]
         at = np.arange(len(flat))
         reach = np.abs(flat).max(1)
         counted = reach > FAINT * largest
-        kinds = kinds_of(reach)
+        kinds = np.zeros(len(reach), np.int64) if one_kind else kinds_of(reach)
         return cls(
             powers=_mean_of_kind(np.square(expected).sum(2).mean(0), kinds, counted),
             squares=_mean_of_kind((expected**4).sum(2).mean(0), kinds, counted),

@@ -43,6 +43,7 @@ from onnx_attnround.graph.saving import (
     serialised,
     write_atomic,
 )
+from onnx_attnround.graph.shares import outputs_of_shares
 
 __all__ = [
     "attributes_of",
@@ -65,6 +66,7 @@ __all__ = [
     "model_digest",
     "name_nodes",
     "only_reader",
+    "outputs_of_shares",
     "parameters",
     "parted_choices",
     "raise_opset",

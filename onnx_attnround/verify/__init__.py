@@ -9,7 +9,6 @@ import onnx_ir as ir
 from onnx_attnround.records import Array, Event, LayerPlan, OnEvent
 from onnx_attnround.runtime.session import ACCURACY_LEVEL, exact_activations
 from onnx_attnround.samples import Samples
-from onnx_attnround.samples.mask import find_mask
 from onnx_attnround.verify.advice import Advice, advise
 from onnx_attnround.verify.collapse import slice_name
 from onnx_attnround.verify.compare import (
@@ -107,7 +106,7 @@ def verify(  # noqa: PLR0913, each says one thing of how it is measured
     count, outputs, accuracy = compare_outputs(
         comparison.run,
         batches(samples, BATCH, limit),
-        find_mask(float_model),
+        float_model,
         labels,
         step,
     )

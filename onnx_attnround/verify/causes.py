@@ -210,7 +210,8 @@ def _shapes(sums: LayerSums) -> tuple[float, float, str]:
     most = int(np.argmax(factors))
     share = int(np.count_nonzero(factors >= factors[most] / 10))
     some = "" if share == len(factors) else f", in {share} of {len(factors)} channels,"
-    return float(offsets.sum()) / total, both, f"{1 + slopes[most]:.3g} times{some}"
+    factor = round(float(1 + slopes[most]), 9) or 0.0  # a last bit is no factor, nor is -0
+    return float(offsets.sum()) / total, both, f"{factor:.3g} times{some}"
 
 
 def _unequal(weight: Array | None) -> float:

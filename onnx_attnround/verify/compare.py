@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_attnround.errors import CalibrationError, OutputError
-from onnx_attnround.graph import input_specs
+from onnx_attnround.graph import input_specs, outputs_of_shares
 from onnx_attnround.records import Array, LayerPlan
 from onnx_attnround.samples import Samples
 from onnx_attnround.samples.mask import find_mask, tokens, without_padding, zero_padding
@@ -32,17 +32,18 @@ LAYER_BYTES = 64 << 20
 
 
 def compare_outputs(
-    run: Pair, feeds: Iterator[Feed], mask: str | None, labels: Array | None, step: Step
+    run: Pair, feeds: Iterator[Feed], float_model: ir.Model, labels: Array | None, step: Step
 ) -> tuple[int, dict[str, OutputSums], Accuracy | None]:
     """One pass of both models: samples seen, sums per graph output, and top-1.
 
-    ``mask`` is the input that tells tokens from padding, which is left out.
+    Padded tokens are left out where an input of ``float_model`` tells of them.
     """
+    mask, shares = find_mask(float_model), outputs_of_shares(float_model)
     done, sums, correct = 0, dict[str, OutputSums](), np.zeros(3, np.int64)
     for feed in feeds:
         expected, got = run(feed)
         for name, value in expected.items():
-            total = sums.setdefault(name, OutputSums(name))
+            total = sums.setdefault(name, OutputSums(name, one_kind=name in shares))
             total.add(value, got[name], tokens(feed, mask), sample_count(feed))
         if labels is not None:
             wanted = labels[done : done + sample_count(feed)]
@@ -94,7 +95,7 @@ def output_sqnr(
     _, sums, _ = compare_outputs(
         open_comparison((float_model, quantised), threads).run,
         batches(samples, BATCH, limit),
-        find_mask(float_model),
+        float_model,
         labels=None,
         step=lambda detail, count: None,
     )
@@ -208,11 +209,11 @@ class Sums:
 
 
 class OutputSums(Sums):
-    """The same for an output of the model, with figures of its slices."""
+    """The same for an output of the model, with figures of its slices, maybe of ``one_kind``."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, one_kind: bool = False) -> None:
         super().__init__(name)
-        self._details = Details()
+        self._details = Details(one_kind=one_kind)
         self._powers: list[Array] = []
 
     def _add_samples(self, expected: Array, got: Array, samples: int) -> None:

@@ -23,9 +23,13 @@ HIGH, LOW, GOT_HIGH, GOT_LOW = range(4)  # rows of the extremes, of what is expe
 
 
 class Details:
-    """Streaming figures of one output, over batches ``[n, ...]`` of finite numbers."""
+    """Streaming figures of one output, over batches ``[n, ...]`` of finite numbers.
 
-    def __init__(self) -> None:
+    Its slices are all of ``one_kind``, or of kinds that their sizes tell.
+    """
+
+    def __init__(self, *, one_kind: bool = False) -> None:
+        self._one_kind = one_kind
         self.whole = Along()
         self.axes: dict[int, Along] | None = None
         self.moving: Moving | None = None
@@ -131,14 +135,14 @@ class Details:
     def _excused(self, along: Along, sound: Array) -> Array:
         """Slices with a larger one of their kind that is ``sound``; booleans ``[length]``.
 
-        Slices are of one kind where, sorted by their extremes, none is much smaller than
-        the one before.
+        Slices are of one kind where that is known, and where, sorted by their extremes, none
+        is much smaller than the one before.
         """
         reach, _ = along.reach
         excused = np.zeros(along.length, bool)
         last, has_sound = np.inf, False
         for index in np.argsort(-reach, kind="stable"):
-            has_sound &= bool(reach[index] * OTHER_KIND >= last)
+            has_sound &= self._one_kind or bool(reach[index] * OTHER_KIND >= last)
             excused[index] = has_sound
             has_sound |= bool(sound[index])
             last = reach[index]

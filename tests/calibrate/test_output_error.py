@@ -131,3 +131,15 @@ def test_a_faint_row_counts_by_the_rows_of_its_picture_and_a_score_by_scores() -
     boxes = picture.copy()
     boxes[:, :2] *= 1e2
     assert error(boxes, 2) > 1e2 * error(boxes, 0)
+
+
+def test_all_rows_of_shares_are_of_one_kind() -> None:
+    """Where nothing is found, an error counts as much as where something is."""
+    masks = np.random.default_rng(0).random((6, 5, 20))
+    masks[:, 4] *= 1e-3
+    got = masks + 1e-3 * (np.arange(5) == 4)[None, :, None]
+    apart, together = (
+        float(Slices([masks], one_kind=one).compare([got])[0].mean()) for one in (False, True)
+    )
+    assert apart > 0.1
+    assert together < 1e-5

@@ -19,9 +19,11 @@ from onnx_attnround.verify.slices import Details
 RNG = np.random.default_rng(5)
 
 
-def compared(expected: Array, got: Array, batch: int = 8) -> OutputComparison:
+def compared(
+    expected: Array, got: Array, batch: int = 8, *, one_kind: bool = False
+) -> OutputComparison:
     """The figures of an output ``[n, ...]``, added in batches."""
-    sums = OutputSums("y")
+    sums = OutputSums("y", one_kind=one_kind)
     for start in range(0, len(expected), batch):
         sums.add(
             expected[start : start + batch].astype(np.float32),
@@ -167,3 +169,24 @@ def test_a_strict_run_fails_on_a_collapse(monkeypatch: pytest.MonkeyPatch) -> No
     assert sound.collapsed == []
     with pytest.raises(GateError, match="output 'y' has collapsed: its SQNR is 6.0 dB"):
         check_gates(broken, QuantConfig(strict=True))
+
+
+@pytest.mark.parametrize("end", ["Sigmoid", "Softmax"])
+def test_rows_of_a_mask_in_which_nothing_is_found_are_no_loss(end: str) -> None:
+    """They are beneath the resolution of 8 bits, but of the unit of all others."""
+    body = f"a = {end}(x) y = Transpose<perm = [0, 2, 1]>(a)"
+    model = build(f"net (float[N, 5, 20] x) => (float[N, 20, 5] y) {{ {body} }}")
+    assert graph.outputs_of_shares(model) == {"y"}
+    expected = RNG.uniform(0, 1, (24, 20, 5)) ** 4
+    expected[:, 18:] *= 1e-3
+    got = in_steps(expected, 1 / 255)
+    assert compared(expected, got).collapsed is not None
+    assert compared(expected, got, one_kind=True).collapsed is None
+    got[:, 3] = 0
+    assert "slice 3 of axis 1" in (compared(expected, got, one_kind=True).collapsed or "")
+
+
+def test_what_is_joined_may_have_units_of_its_own() -> None:
+    body = "a = Sigmoid(x) y = Concat<axis = 1>(a, x)"
+    model = build(f"net (float[N, 5] x) => (float[N, 10] y) {{ {body} }}")
+    assert graph.outputs_of_shares(model) == frozenset()
