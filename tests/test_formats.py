@@ -264,6 +264,20 @@ def test_float16_throughout(tmp_path: Path) -> None:
     assert len(result.checked.fusion.integer) == 2
 
 
+@pytest.mark.parametrize("target", ["ort", "openvino", "qnn"])
+def test_ends_of_half_precision_that_no_node_makes(target: str, tmp_path: Path) -> None:
+    """An input that is handed on as an output, and a constant."""
+    proto = halved(
+        """net (float[N,4] x) => (float[N,3] y, float[N,4] x, float[3] anchors)
+           <float[4,4] v, float[4,3] w, float[3] anchors = {1, 2, 3}> {
+           h = MatMul(x, v)  r = Relu(h)  y = MatMul(r, w) }""",
+        "float16",
+    )
+    result = convert(proto, tmp_path, target=target)
+    assert layers(result) == ["MatMul", "MatMul"]
+    assert half_values(result.model) == set()
+
+
 MIXED = """net (float[N,4] x) => (float[N,3] y) <float[4,4] v, float[4,3] w> {
     h = MatMul(x, v)  r = Relu(h)  c = Cast<to = HALF>(r)  z = MatMul(c, w)
     y = Cast<to = 1>(z) }"""

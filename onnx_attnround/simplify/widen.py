@@ -72,10 +72,13 @@ def _cast_ends(main: ir.Graph) -> None:
         if _is_half(value.type):
             inner = _cast(main, value, ir.DataType.FLOAT, first=True)
             inner.name = _fresh(main, value)
+            handed_on = [i for i, output in enumerate(main.outputs) if output is value]
             ir.convenience.replace_all_uses_with(value, inner, replace_graph_outputs=True)
             _made(inner).replace_input_with(0, value)
+            for index in handed_on:
+                main.outputs[index] = value
     for index, value in enumerate(main.outputs):
-        if value.dtype is not None and _is_half(value.type):
+        if value.dtype is not None and _is_half(value.type) and not value.is_graph_input():
             outer = _cast(main, value, value.dtype, first=False)
             value.name, outer.name = _fresh(main, value), value.name
             main.outputs[index] = outer

@@ -105,8 +105,9 @@ def test_data_behind_links_that_onnxruntime_follows_is_read(lay, tmp_path: Path)
 @pytest.mark.parametrize("lay", [data_elsewhere, both_elsewhere, model_alone])
 def test_data_behind_links_that_lead_elsewhere_is_not(lay, tmp_path: Path) -> None:
     path = lay(tmp_path)
-    with pytest.raises(Exception, match="External data path"):
-        ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24):  # older ones follow any link
+        with pytest.raises(Exception, match="External data path|No such file"):
+            ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     with pytest.raises(ModelError, match="outside the model's folder|does not exist"):
         graph.load(path)
 
