@@ -253,10 +253,13 @@ def _least_sqnr(result: Any) -> str:
 
 
 def _quantised(result: Any) -> set[str]:
-    """The names of all outputs that a quantised layer or an activation with Q/DQ leads to."""
+    """The names of all outputs that a quantised layer or an activation with Q/DQ leads to.
+
+    Codes become floats in a DequantizeLinear, or in Cast and Mul.
+    """
     touched: set[str] = set()
     for node in result.model.graph:
-        own = node.op_type == "DequantizeLinear" and "/" in (node.name or "")
+        own = (node.name or "").endswith("/dequantize")
         if own or any(value is not None and value.name in touched for value in _reads(node)):
             touched.update(value.name for value in node.outputs)
     return touched

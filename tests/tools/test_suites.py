@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from onnx_attnround import quantize
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
 import fuzz
@@ -34,6 +36,16 @@ def test_a_short_run_of_the_fuzzer() -> None:
     outcomes = onnx_cases.judge_all(list(fuzz.cases(1, range(45))), 2, 120, ignore)
     assert {one.case.form for one in outcomes} == set(fuzz.FORMS)
     assert [one for one in outcomes if fuzz.failed(one)] == []
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_outputs_of_quantised_layers_may_change(bits: int, tmp_path: Path) -> None:
+    """Also of a Conv whose weights alone are quantised: a Cast and a Mul make floats of them."""
+    (tmp_path / "m.onnx").write_bytes(next(fuzz.cases(0, range(68, 69))).model)
+    feeds = onnx_cases.random_feeds(tmp_path / "m.onnx")
+    result = quantize(tmp_path / "m.onnx", list(feeds), {"act_bits": bits, "steps": 5})
+    outputs = {value.name for value in result.model.graph.outputs}
+    assert outputs <= onnx_cases._quantised(result)
 
 
 def test_the_judge_tells_failures_apart() -> None:
