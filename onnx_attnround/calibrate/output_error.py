@@ -45,8 +45,11 @@ LENGTHS = range(2, 513)
 NEGLIGIBLE = 1e-6
 """An error of this share of the power is as good as none: 60 dB."""
 
-KEPT = 0.5
-"""An extreme that keeps less than this share of its distance from its slice's mean is lost."""
+KEPT = 0.8
+"""An extreme that keeps less than this share of its distance from its slice's mean is lost.
+
+A score above a threshold may be below it with a fifth less, and then what it is of is not found.
+"""
 
 OTHER_KIND = 10.0
 """Slices whose extreme is so many times smaller than the next larger one are of another kind."""

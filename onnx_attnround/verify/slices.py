@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_attnround.calibrate.output_error import FAINT, KEPT, LENGTHS, OTHER_KIND
+from onnx_attnround.calibrate.output_error import FAINT, LENGTHS, OTHER_KIND
 from onnx_attnround.records import Array
 from onnx_attnround.verify.results import Extreme, WorstSlice
+
+KEPT = 0.5
+"""An output whose extreme keeps less than this share of its distance from the mean is of no use."""
 
 MINOR = 0.1
 """Slices of classes that never come up stay below this share of an output's largest magnitude."""

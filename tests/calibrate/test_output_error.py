@@ -143,3 +143,13 @@ def test_all_rows_of_shares_are_of_one_kind() -> None:
     )
     assert apart > 0.1
     assert together < 1e-5
+
+
+@pytest.mark.parametrize(("kept", "lost"), [(0.7, 2), (0.9, 0)])
+def test_a_score_that_loses_a_third_is_lost(kept: float, lost: int) -> None:
+    """In the slice of its class, and in that of its box."""
+    expected = np.random.default_rng(0).uniform(0, 0.3, (6, 5, 20))
+    expected[3, 2, 7] = 0.9
+    got = expected.copy()
+    got[3, 2, 7] = 0.9 * kept
+    assert Slices([expected]).compare([got])[1] == lost
