@@ -36,12 +36,14 @@ class Calibration:
     """Statistics of each observed tensor, and the parameters of each quantised one.
 
     ``left_out`` maps tensors to the share of their elements that are NaN or infinite, and
-    which no range can hold.
+    which no range can hold. ``error`` is that of the outputs where all these tensors are
+    rounded, as ``ChosenRanges`` has it; NaN where it was not measured.
     """
 
     stats: Mapping[str, TensorStats]
     params: Mapping[str, QuantParams]
     left_out: Mapping[str, float] = field(default_factory=dict)
+    error: float = math.nan
 
 
 def calibrate(
@@ -85,13 +87,15 @@ def calibrate(
         root: params_from_range(spec, *watches[root].range(spec, limits.get(root, FREE)))
         for root, spec in specs.items()
     }
+    error = math.nan
     # Ranges of the least error are judged at the outputs against wider ones; extrema have none.
     if specs and config.observer != "minmax":
         extrema = {
             root: params_from_range(spec, *watches[root].extrema(limits.get(root, FREE)))
             for root, spec in specs.items()
         }
-        params = choose_ranges(model, params, extrema, samples, config)
+        chosen_ranges = choose_ranges(model, params, extrema, samples, config)
+        params, error = chosen_ranges.params, chosen_ranges.error
     return Calibration(
         stats={root: watch.observer.stats(root) for root, watch in watches.items()},
         params={name: params[root] for name, root in roots.items() if root in specs},
@@ -100,6 +104,7 @@ def calibrate(
             for root, watch in watches.items()
             if watch.left_out and root not in limits
         },
+        error=error,
     )
 
 

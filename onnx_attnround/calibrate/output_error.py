@@ -8,9 +8,10 @@ activations rounded, weights as they are, and its outputs are compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,7 @@ import onnxruntime as ort
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import outputs_of_shares, raise_opset
-from onnx_attnround.numerics import TINY
+from onnx_attnround.numerics import TINY, golden_places
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams
 from onnx_attnround.runtime.session import open_session, run_on_samples
@@ -28,7 +29,7 @@ JUDGED_SAMPLES = 64
 """The most calibration samples that ranges are judged on, spread over all of them."""
 
 JUDGED_BYTES = 64 << 20
-"""The most bytes of inputs that ranges are judged on: of large inputs fewer samples are taken."""
+"""The most bytes of inputs and outputs that ranges are judged on: of large ones fewer samples."""
 
 BATCH = 8
 """The most samples of a run."""
@@ -61,6 +62,27 @@ Levels = tuple[float, float, float]
 WIDTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Candidates for ranges: how far they go from what an observer finds to the extrema."""
 
+SURE = 2.0
+"""The standard errors within which the error of a candidate is taken to lie, ..."""
+
+LEAST_JUDGED = 8
+"""... once it was judged on so many samples."""
+
+WORTH = 0.05
+"""What a candidate must be able to take off the logarithm of the error to be judged further."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenRanges:
+    """The parameters of tensors by name, and what they cost.
+
+    ``error`` is the mean error of the samples at the output that it is largest of, as
+    :meth:`RoundedModel.errors` has it; 0 without an output of floats.
+    """
+
+    params: dict[str, QuantParams]
+    error: float
+
 
 def choose_ranges(
     model: ir.Model,
@@ -68,7 +90,7 @@ def choose_ranges(
     extrema: Mapping[str, QuantParams],
     samples: Samples,
     config: QuantConfig,
-) -> dict[str, QuantParams]:
+) -> ChosenRanges:
     """The parameters of all tensors whose ranges cause the least error at the outputs.
 
     A range lies between the ``observed`` one and the extrema, geometrically; how far, is one
@@ -76,12 +98,12 @@ def choose_ranges(
     lose fewer extremes of the outputs come first, then those of less error.
     Raises ``CalibrationError`` where ONNX Runtime fails on the samples.
     """
-    rounded = RoundedModel(model, list(observed), samples, config)
-    candidates = {
-        width: {name: _between(params, extrema[name], width) for name, params in observed.items()}
+    candidates = [
+        {name: _between(params, extrema[name], width) for name, params in observed.items()}
         for width in WIDTHS
-    }
-    return min(candidates.values(), key=rounded.judge)
+    ]
+    best, found = RoundedModel(model, list(observed), samples, config).best(candidates)
+    return ChosenRanges(params=candidates[best], error=found.largest)
 
 
 def _between(inner: QuantParams, outer: QuantParams, width: float) -> QuantParams:
@@ -123,15 +145,23 @@ class RoundedModel:
         dynamic: Collection[str] = (),
     ) -> None:
         self._model, self._config, self._dynamic = model, config, dynamic
-        self._feeds = list(_judged(samples, min(config.batch_size, BATCH)))
-        self._round(names)
         plain = open_session(model, threads=config.threads, device=config.device)
-        expected = [self._run(plain, feeds) for feeds in self._feeds]
+        self._outputs = [o.name for o in plain.get_outputs() if "float" in o.type]
+        self._feeds: list[Feeds] = []
+        expected: list[list[Array]] = []
+        for feeds in _judged(samples, min(config.batch_size, BATCH)):
+            self._feeds.append(feeds)
+            expected.append(self._run(plain, feeds))
+            held = (*chain(*expected), *chain(*(each.values() for each in self._feeds)))
+            if sum(values.nbytes for values in held) > JUDGED_BYTES:
+                break
+        del plain  # before another session takes as much memory
         shares = outputs_of_shares(model)
         self._slices = [
             Slices(batches, one_kind=name in shares)
             for name, batches in zip(self._outputs, zip(*expected, strict=True), strict=True)
         ]
+        self._round(names)
 
     def only(self, names: Sequence[str]) -> RoundedModel:
         """The same on the same samples, of which a run may round these tensors alone."""
@@ -144,42 +174,55 @@ class RoundedModel:
         rounded = _with_dynamic_ranges(_with_grids(self._model, self.names), self._dynamic)
         threads, device = self._config.threads, self._config.device
         self._session = open_session(rounded, threads=threads, device=device)
-        self._outputs = [o.name for o in self._session.get_outputs() if "float" in o.type]
 
-    def judge(self, params: Mapping[str, QuantParams]) -> tuple[int, float]:
-        """How many extremes of the outputs are lost, and the error.
+    def best(self, candidates: Sequence[Mapping[str, QuantParams]]) -> tuple[int, Judged]:
+        """The place of the best of ``candidates``, and what was found of it on all samples.
 
-        Tensors that are not in ``params`` stay float.
-
-        The error is the mean of the logarithms (base e) of those of samples and outputs, so that
-        no single hard sample decides.
+        They are run side by side, batch after batch, and what is surely not better than
+        another, or hardly, is given up: to run them all takes the time.
         """
-        found = self._compare(params)
-        logs = [np.log(NEGLIGIBLE + errors) for errors, _ in found]
-        lost = sum(missing for _, missing in found)
-        return lost, float(np.concatenate(logs).mean()) if logs else 0.0
+        judged = [Judged(self._table(params), len(self._slices)) for params in candidates]
+        order = self._order
+        running = judged
+        for batch in order:
+            for each in running:
+                self._judge(each, batch)
+            first = min(running, key=lambda each: each.rank)
+            running = [each for each in running if each is first or each.may_beat(first)]
+        # What was given up for its error may yet be the one that loses no extreme.
+        again = [each for each in judged if each not in running and each.lost < first.lost]
+        for each in again:
+            for batch in order[each.batches :]:
+                self._judge(each, batch)
+        first = min((*running, *again), key=lambda each: each.rank)
+        return judged.index(first), first
 
     def errors(self, params: Mapping[str, QuantParams]) -> list[Array]:
         """The error of each sample, for each float output.
+
+        Tensors that are not in ``params`` stay float.
 
         It is the mean over the slices of an output, along each axis of moderate length, of error
         power over the mean power of slices of one kind; half of it weighted by the square of
         what is expected, so that the few large values are not lost among the many small.
         """
-        return [errors for errors, _ in self._compare(params)]
-
-    def _compare(self, params: Mapping[str, QuantParams]) -> list[tuple[Array, int]]:
-        """The errors of each output, and how many of its extremes are lost."""
-        grids = self._table(params)
-        got = [self.outputs({**feeds, **grids}) for feeds in self._feeds]
-        return [
-            slices.compare(batches)
-            for slices, batches in zip(self._slices, zip(*got, strict=True), strict=True)
-        ]
+        return self.best([params])[1].errors
 
     def error(self, params: Mapping[str, QuantParams]) -> float:
-        """The error alone, as :meth:`judge` has it."""
-        return self.judge(params)[1]
+        """The error of all outputs, as :class:`Judged` has it."""
+        return self.best([params])[1].rank[1]
+
+    @property
+    def _order(self) -> list[int]:
+        """The batches, any first few of them spread over all."""
+        return [int(at) for at in golden_places(0, len(self._feeds)).argsort().argsort()]
+
+    def _judge(self, judged: Judged, batch: int) -> None:
+        """Run what is judged on one more batch."""
+        feeds = self._feeds[batch]
+        parts = zip(self._slices, self.outputs({**feeds, **judged.grids}), strict=True)
+        rows = next((len(values) for values in feeds.values() if values.ndim), 1)
+        judged.add([slices.compare(batch, values) for slices, values in parts], rows)
 
     def outputs(self, feeds: Feeds) -> list[Array]:
         """The float outputs, with the grids among the ``feeds``."""
@@ -195,19 +238,65 @@ class RoundedModel:
         return dict(zip(_GRIDS, map(np.ascontiguousarray, columns), strict=True))
 
 
+class Judged:
+    """What rounding to one set of grids does to the outputs, over the batches so far.
+
+    ``grids`` are fed to the model, ``lost`` is how many extremes of the outputs are lost.
+    """
+
+    def __init__(self, grids: Mapping[str, Array], outputs: int) -> None:
+        self.grids = grids
+        self.batches = self.samples = self.lost = 0
+        self._errors: list[list[Array]] = [[] for _ in range(outputs)]
+
+    def add(self, found: Sequence[tuple[Array, int]], samples: int) -> None:
+        """Take in the errors and lost extremes of each output, of one batch of ``samples``."""
+        self.batches, self.samples = self.batches + 1, self.samples + samples
+        for kept, (errors, lost) in zip(self._errors, found, strict=True):
+            kept.append(errors)
+            self.lost += lost
+
+    @property
+    def errors(self) -> list[Array]:
+        """The errors of the samples, for each output, as :meth:`RoundedModel.errors` has them."""
+        return [np.concatenate(errors) for errors in self._errors]
+
+    @property
+    def largest(self) -> float:
+        """The mean error of the samples at the output that it is largest of."""
+        return max((float(errors.mean()) for errors in self.errors), default=0.0)
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """How many extremes are lost, and the error; less is better.
+
+        The error is the mean of the logarithms (base e) of those of samples and outputs, so that
+        no single hard sample decides.
+        """
+        logs = self._logs
+        return self.lost, float(logs.mean()) if logs.size else 0.0
+
+    def may_beat(self, other: Judged) -> bool:
+        """Whether the error may be less by ``WORTH`` on more samples, compared one by one."""
+        less = other._logs - self._logs
+        if self.samples < LEAST_JUDGED or not less.size:
+            return True
+        spread = SURE * float(less.std()) / math.sqrt(self.samples)
+        return float(less.mean()) + spread >= WORTH
+
+    @property
+    def _logs(self) -> Array:
+        errors = self.errors
+        return np.log(NEGLIGIBLE + np.concatenate(errors)) if errors else np.zeros(0)
+
+
 _GRIDS = ("attnround/scale", "attnround/low", "attnround/high")
 
 
-def _judged(samples: Samples, batch_size: int) -> list[Feeds]:
+def _judged(samples: Samples, batch_size: int) -> Iterator[Feeds]:
     """Batches of some samples, spread over all of them."""
     parted = samples.split(JUDGED_SAMPLES)
-    chosen, used = [], 0
-    for feeds in (samples if parted is None else parted[1]).batches(batch_size):
-        chosen.append(feeds)
-        used += sum(values.nbytes for values in feeds.values())
-        if used > JUDGED_BYTES:
-            break
-    return chosen
+    return (samples if parted is None else parted[1]).batches(batch_size)
 
 
 def _with_grids(model: ir.Model, names: Sequence[str]) -> ir.Model:
@@ -279,37 +368,36 @@ class Slices:
     """
 
     def __init__(self, batches: Sequence[Array], *, one_kind: bool = False) -> None:
-        self._rows = [len(np.atleast_1d(values)) for values in batches]
         self._fixed = len({values.shape[1:] for values in batches}) == 1
-        self.expected = self._joined(batches)
-        lengths = self.expected.shape[1:] if self._fixed else ()
+        self.expected = [self._rows(values) for values in batches]
+        self._first = np.cumsum([0, *(len(rows) for rows in self.expected)])
+        lengths = self.expected[0].shape[1:] if self._fixed else ()
         self._axes = [axis for axis, length in enumerate(lengths, 1) if length in LENGTHS] or [0]
-        largest = float(np.abs(self.expected).max(initial=0.0))
+        joined = np.concatenate(self.expected)
+        largest = float(np.abs(joined).max(initial=0.0))
         self._along = [
-            _Along.of(self._sliced(self.expected, axis), largest, one_kind) for axis in self._axes
+            _Along.of(self._sliced(joined, axis), largest, one_kind) for axis in self._axes
         ]
 
-    def compare(self, batches: Sequence[Array]) -> tuple[Array, int]:
-        """The error of each sample, and how many extremes of slices are lost.
+    def compare(self, batch: int, values: Array) -> tuple[Array, int]:
+        """The error of each sample of a batch, and how many extremes of slices are lost in it.
 
-        Where the shapes are others, each sample has the error 1.
+        Where the shape is another, each sample has the error 1.
         """
-        got = self._joined(batches)
-        if got.shape != self.expected.shape:
-            return np.ones(len(self._sliced(self.expected, self._axes[0]))), 0
+        wanted, got = self.expected[batch], self._rows(values)
+        if got.shape != wanted.shape:
+            return np.ones(len(wanted)), 0
         found, lost = [], 0
         for axis, along in zip(self._axes, self._along, strict=True):
-            expected, other = self._sliced(self.expected, axis), self._sliced(got, axis)
+            expected, other = self._sliced(wanted, axis), self._sliced(got, axis)
             found.append(along.errors(expected, other))
-            lost += along.lost(other)
+            lost += along.lost(other, int(self._first[batch]))
         return np.mean(found, 0), lost
 
-    def _joined(self, batches: Sequence[Array]) -> Array:
-        """All samples ``[n, ...]``, float64; where shapes change, all elements in a row."""
-        finite = [np.where(np.isfinite(v), v, 0.0).astype(np.float64) for v in batches]
-        if self._fixed and len({values.shape[1:] for values in batches}) == 1:
-            return np.concatenate([np.atleast_1d(values) for values in finite])
-        return np.concatenate([values.ravel() for values in finite])
+    def _rows(self, values: Array) -> Array:
+        """Samples ``[n, ...]``, float64; where shapes change, all elements in a row."""
+        finite = np.where(np.isfinite(values), values, 0.0).astype(np.float64)
+        return np.atleast_1d(finite) if self._fixed else finite.ravel()
 
     def _sliced(self, values: Array, axis: int) -> Array:
         """``[n, slices, elements]``."""
@@ -325,8 +413,8 @@ class _Along:
 
     ``powers`` and ``squares`` are the means over samples, and over slices of one kind, of sums
     of squares and of fourth powers; ``counted`` are the slices that count. ``extremes`` are
-    where each slice has its highest and its lowest value, and these values; they are measured
-    from ``means``. All are ``[slices]``.
+    where each slice has its highest and its lowest value, counted over all samples, and these
+    values; they are measured from ``means``. All are ``[slices]``.
     """
 
     powers: Array
@@ -358,14 +446,20 @@ class _Along:
         errors: Array = shares[:, self.counted].sum(1) / (2 * max(int(self.counted.sum()), 1))
         return errors
 
-    def lost(self, got: Array) -> int:
-        """How many extremes keep less than ``KEPT`` of their distance from the mean."""
+    def lost(self, got: Array, first: int) -> int:
+        """How many extremes keep less than ``KEPT`` of their distance from the mean.
+
+        Of those in the samples ``got``, before which there are ``first`` others.
+        """
         flat = got.swapaxes(0, 1).reshape(got.shape[1], -1)
         at, lost = np.arange(len(flat)), 0
         for place, value in self.extremes:
+            here = place - first * got.shape[2]
+            inside = (here >= 0) & (here < flat.shape[1])
             distance = value - self.means
-            kept = (flat[at, place] - self.means) / np.where(distance == 0, 1.0, distance)
-            lost += int(((kept < KEPT) & (distance != 0) & self.counted).sum())
+            found = flat[at, np.where(inside, here, 0)] - self.means
+            kept = found / np.where(distance == 0, 1.0, distance)
+            lost += int(((kept < KEPT) & (distance != 0) & self.counted & inside).sum())
         return lost
 
 

@@ -9,7 +9,11 @@ import onnx_ir as ir
 
 from onnx_attnround.calibrate import Calibration, calibrate
 from onnx_attnround.calibrate.dynamic_ranges import DynamicRanges, choose_dynamic
-from onnx_attnround.calibrate.float_tensors import FloatTensors, find_float_tensors
+from onnx_attnround.calibrate.float_tensors import (
+    ACCURATE,
+    FloatTensors,
+    find_float_tensors,
+)
 from onnx_attnround.calibrate.output_error import JUDGED_SAMPLES
 from onnx_attnround.checkpoint import TAKEN
 from onnx_attnround.config import QuantConfig
@@ -76,7 +80,10 @@ def with_float_tensors(
         return model, plan, ranges
     found: FloatTensors | None = run.checkpoint.get("float")
     if found is None:
-        found = find_float_tensors(model, plan, ranges.params, samples, config)
+        accurate = ranges.error < ACCURATE  # as it was measured while ranges were chosen
+        found = FloatTensors()
+        if not accurate:
+            found = find_float_tensors(model, plan, ranges.params, samples, config)
         run.checkpoint.put(found, "float")
     if not found.tensors:
         return model, plan, ranges

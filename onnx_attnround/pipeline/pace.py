@@ -20,16 +20,13 @@ from onnx_attnround.errors import AttnRoundError
 from onnx_attnround.pipeline.activations import plan_parted
 from onnx_attnround.records import BitAllocation, QuantPlan
 from onnx_attnround.samples import Samples
-from onnx_attnround.verify import Latency, float_seconds, measure_speed
+from onnx_attnround.verify import LONGEST, Latency, float_seconds, measure_speed
 
 LEAST_SECONDS = 2e-4
 """Of a float run of one sample: below, what a run costs to start and noise decide, not kernels."""
 
 MARGIN = 0.03
 """So much of its time must be won with activations in float, to give up what integers save."""
-
-LONGEST = 1.0
-"""Seconds of a float run in batches, above which single samples tell enough."""
 
 Variant = tuple[ir.Model, QuantPlan, Calibration]
 

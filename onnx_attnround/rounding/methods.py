@@ -42,8 +42,11 @@ RESAMPLES = 20
 RESAMPLE_TAU = 0.25
 """The standard deviation of these draws, in steps of the grid."""
 
+WORTH_STEPS = 0.1
+"""Offsets are learned if rounding by descent alone causes this share of the error, ..."""
+
 WORTH_DRAWS = 0.03
-"""Draws are made if rounding causes this share of the error: they save a fifth of it at best."""
+"""... and draws are made if it causes this share in the end: they save a fifth of it at best."""
 
 MOST_WEIGHTS = 1 << 23
 """The weights that are rounded together at most: a dozen tensors of that size are alive."""
@@ -126,27 +129,35 @@ def round_nearest(
 def round_attention(
     problem: Objective, scale: torch.Tensor, steps: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention Round, greedy descent and least-squares scales in turn, then resampling."""
-    codes = descend(problem, attention_codes(problem, scale, steps, generator), scale)
+    """Attention Round, greedy descent and least-squares scales in turn, then resampling.
+
+    Where little is left to gain, greedy descent from nearest rounding is all.
+    """
+    codes = descend(problem, problem.nearest(scale), scale)
+    if not _matters(problem, codes, scale, WORTH_STEPS):
+        return codes, scale
+    if steps:
+        codes = descend(problem, attention_codes(problem, scale, steps, generator), scale)
     for _ in range(REFITS):
         scale = refit_scale(problem, codes, scale)
         codes = descend(problem, codes, scale)
-    if steps and codes.shape[-1] <= WHOLE and _matters(problem, codes, scale):
+    if steps and codes.shape[-1] <= WHOLE and _matters(problem, codes, scale, WORTH_DRAWS):
         codes = resample(problem, codes, scale, generator)
         scale = refit_scale(problem, codes, scale)
         codes = descend(problem, codes, scale)
     return codes, scale
 
 
-def _matters(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether the error is above that of real-valued weights by more than ``WORTH_DRAWS``.
+def _matters(
+    problem: Objective, codes: torch.Tensor, scale: torch.Tensor, share: float
+) -> bool:
+    """Whether the error is above that of real-valued weights by more than a ``share`` of it.
 
     At 8 bits it rarely is: there most of the error comes in with the layer's input, and no
     rounding takes it away.
     """
     loss = problem.loss(codes, scale).sum()
-    # Draws are made, too, where either loss is NaN, from a singular Gram matrix.
-    return not bool(loss - problem.least_loss().sum() < WORTH_DRAWS * loss)
+    return not bool(loss - problem.least_loss().sum() < share * loss)
 
 
 def resample(
@@ -230,25 +241,31 @@ def descend(problem: Objective, codes: torch.Tensor, scale: torch.Tensor) -> tor
     Up to ``WHOLE`` inputs are looked at together, until no move of a single weight
     gains. More are taken in panels, so that a move costs the width of a panel; how the
     moves in a panel change the slope of the other inputs is made up by one product after
-    it. ``SWEEPS`` bounds the passes.
+    it, for the rows that moved. ``SWEEPS`` bounds the passes, of which later ones look at those
+    rows alone that the one before has moved.
     """
     depth = codes.shape[-1]
-    width = depth if depth <= WHOLE else PANEL
-    codes = codes.clone()
     slope = problem.slope(codes, scale)
-    for _ in range(SWEEPS if width < depth else 1):
-        moved = False
-        for start in range(0, depth, width):
-            panel = slice(start, min(start + width, depth))
-            step = scale[..., panel] if problem.block_size else scale
-            better = _descend_panel(problem, codes, slope, step, panel)
-            change = (better - codes[..., panel]).mul_(step)
-            if bool(change.any()):
-                moved = True
-                codes[..., panel] = better
-                if width < depth:
-                    slope += problem.gram.times_part(change, panel)
-        if not moved:
+    if depth <= WHOLE:
+        return _descend_panel(problem, codes, slope, scale, slice(None))
+    codes = codes.clone()
+    rows = torch.arange(codes.shape[1], device=codes.device)
+    for _ in range(SWEEPS):
+        moved = torch.zeros_like(rows, dtype=torch.bool)
+        state, excess, steps = codes[:, rows], slope[:, rows], scale[:, rows]
+        for start in range(0, depth, PANEL):
+            panel = slice(start, min(start + PANEL, depth))
+            step = steps[..., panel] if problem.block_size else steps
+            better = _descend_panel(problem, state, excess, step, panel)
+            change = (better - state[..., panel]).mul_(step)
+            changed = change.any(-1).any(0)
+            if bool(changed.any()):
+                state[..., panel] = better
+                excess[:, changed] += problem.gram.times_part(change[:, changed], panel)
+                moved |= changed
+        codes[:, rows], slope[:, rows] = state, excess
+        rows = rows[moved]
+        if not len(rows):
             break
     return codes
 

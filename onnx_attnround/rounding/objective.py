@@ -20,8 +20,15 @@ from onnx_attnround.rounding.moments import Moments
 RIDGE = 1e-4
 """White noise on the inputs, as a share of their mean power, which keeps ``G`` well-conditioned."""
 
-SCALE_CANDIDATES = torch.linspace(0.3, 1.1, 33)
+SCALE_CANDIDATES = torch.linspace(1.1, 0.3, 33)
 """Scales that are tried, as shares of the one that just holds a row's largest weight."""
+
+HOPELESS = 2.0
+"""An error so many times the least one: with smaller scales, more is cut off than that one has.
+
+A smaller scale cuts off more, and rounds finer. What is cut off here is the error less what
+rounding makes of it, which is about the least error at most.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +63,7 @@ class Objective:
 
     def least_loss(self) -> torch.Tensor:
         """The loss of the best real-valued weight, ``[g, o]``: ``delta G = W D``."""
-        gram = self.gram.part(slice(None))
-        delta: torch.Tensor = torch.linalg.solve_ex(gram, self.linear, left=False)[0]
-        return self.constant - (delta * self.linear).sum(-1)
+        return self.constant - (self.gram.solve(self.linear) * self.linear).sum(-1)
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor:
         """Codes of rounding to nearest."""
@@ -164,6 +169,8 @@ def search_scale(problem: Objective) -> torch.Tensor:
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, scale, best)
+        if bool((error >= HOPELESS * best_error).all()):
+            break
     return problem.spread(best)
 
 

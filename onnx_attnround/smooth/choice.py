@@ -53,10 +53,11 @@ def choose(statistics: Statistics, layers: Sequence[JudgedLayer], observer: str)
     What the samples of one fold suggest is judged on those of the other, and a scale must be
     better on both. Where the observer is the default, the full range is another choice.
     """
+    judged = [_Outputs.of(statistics, layer) for layer in layers]
 
     def errors(form: Form, watches: Sequence[str]) -> dict[str, Array]:
         """Of each observer, by fold."""
-        found = [_errors(statistics, layers, form, watches, fold) for fold in range(FOLDS)]
+        found = [_errors(statistics, judged, form, watches, fold) for fold in range(FOLDS)]
         return dict(zip(watches, np.stack(found, 1), strict=True))
 
     quick = ("minmax",) if observer == "minmax" else ("minmax", "clipped")
@@ -65,8 +66,8 @@ def choose(statistics: Statistics, layers: Sequence[JudgedLayer], observer: str)
     better = [form for form, error in tried.items() if (error < worth).all()]
     form = min(better, key=lambda form: float(tried[form].sum()), default=NONE)
     observers = ("minmax", "mse") if observer in ("auto", "mse") else (observer,)
-    judged = errors(form, observers)
-    watch = min(observers, key=lambda watch: float(judged[watch].sum()))
+    found = errors(form, observers)
+    watch = min(observers, key=lambda watch: float(found[watch].sum()))
     scale = None if form == NONE else scale_of(statistics, form, range(FOLDS))
     return Smoothing(scale=scale, observer=watch)
 
@@ -87,9 +88,24 @@ def scale_of(statistics: Statistics, form: Form, folds: Sequence[int]) -> Array:
     return scale
 
 
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """By fold, rows of a layer's inputs ``[g, n, d]`` and what it makes of them, ``[g, n, o]``."""
+
+    layer: JudgedLayer
+    rows: Sequence[torch.Tensor]
+    wanted: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(cls, statistics: Statistics, layer: JudgedLayer) -> _Outputs:
+        """What no scale changes, computed once."""
+        rows = [statistics.rows(layer.plan, fold) for fold in range(FOLDS)]
+        return cls(layer, rows, [each @ layer.weight.transpose(1, 2) for each in rows])
+
+
 def _errors(
     statistics: Statistics,
-    layers: Sequence[JudgedLayer],
+    judged: Sequence[_Outputs],
     form: Form,
     observers: Sequence[str],
     fold: int,
@@ -104,16 +120,15 @@ def _errors(
     ends = float((low / scale).min()), float((high / scale).max())
     factors = torch.from_numpy(scale)
     totals = np.zeros(len(observers))
-    for layer in layers:
+    for each in judged:
+        layer, wanted = each.layer, each.wanted[fold]
         by_input = factors[layer.channels][:, None]
-        learned, judged = (statistics.rows(layer.plan, f) / by_input for f in (others[0], fold))
-        weight = layer.weight * by_input
-        wanted = judged @ weight.transpose(1, 2)
-        rounded = _nearest(weight, layer.spec).transpose(1, 2)
+        learned, rows = (each.rows[f] / by_input for f in (others[0], fold))
+        rounded = _nearest(layer.weight * by_input, layer.spec).transpose(1, 2)
         power = max(float(wanted.square().sum()), TINY)
         for index, observer in enumerate(observers):
-            x = _activations(judged, learned, ends, statistics.group.spec, observer)
-            totals[index] += float((x @ rounded - wanted).square().sum()) / power
+            x = _activations(rows, learned, ends, statistics.group.spec, observer)
+            totals[index] += float((x @ rounded).sub_(wanted).square_().sum()) / power
     return totals
 
 

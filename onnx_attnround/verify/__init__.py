@@ -32,9 +32,16 @@ from onnx_attnround.verify.results import (
 )
 from onnx_attnround.verify.runs import BATCH, Step
 from onnx_attnround.verify.shared import open_comparison
-from onnx_attnround.verify.speed import float_seconds, measure_speed, serialised_bytes, slower_note
+from onnx_attnround.verify.speed import (
+    LONGEST,
+    float_seconds,
+    measure_speed,
+    serialised_bytes,
+    slower_note,
+)
 
 __all__ = [
+    "LONGEST",
     "REMEDY",
     "Accuracy",
     "Advice",

@@ -38,6 +38,9 @@ LATENCY_SECONDS = 1.0
 LATENCY_PAIRS = (3, 25)
 """The fewest and the most pairs of runs, however long they take."""
 
+LONGEST = 1.0
+"""Seconds of a float run in batches, above which single samples tell enough."""
+
 
 def float_seconds(model: ir.Model, samples: Samples) -> float:
     """The median time of a run of ``model`` on a single sample, on one thread.
@@ -53,10 +56,14 @@ def float_seconds(model: ir.Model, samples: Samples) -> float:
 def measure_speed(models: Models, samples: Samples, batch: int) -> Latency:
     """Interleaved latency of ``batch`` samples on one thread; errors as of ``verify``.
 
-    With the session options that ONNX Runtime has by default, as files are run.
+    Of single ones, where so many take longer than ``LONGEST`` in the float model. With the
+    session options that ONNX Runtime has by default, as files are run.
     """
-    feed = next(samples.batches(batch))
-    runs = open_pair(models, 1, exact_sums=False)
+    feed, runs = next(samples.batches(1)), open_pair(models, 1, exact_sums=False)
+    if batch > sample_count(feed):
+        runs[0](feed)
+        seconds = timeit.timeit(partial(runs[0], feed), timer=CLOCK, number=1)
+        feed = next(samples.batches(batch)) if batch * seconds <= LONGEST else feed
     times = _interleaved_times(runs, feed)
     medians = 1000 * np.median(times, axis=0)
     low, middle, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])

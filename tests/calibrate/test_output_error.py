@@ -39,7 +39,8 @@ def test_rounds_as_the_written_file_does() -> None:
     params = params_from_range(U8, 0.0, 3.0)
     rounded = RoundedModel(model, ["r"], samples, CONFIG)
     zero = float(params.zero_point)
-    wanted = rounded._slices[0].expected.reshape(-1, BATCH, 8)
+    wanted = rounded._slices[0].expected
+    assert {len(expected) for expected in wanted} == {BATCH}
     for feeds, expected in zip(rounded._feeds, wanted, strict=True):
         (got,) = rounded.outputs({**feeds, **rounded._table({"r": params})})
         codes = quantize(expected, params.scale, zero, 0, 255)
@@ -125,7 +126,7 @@ def test_a_faint_row_counts_by_the_rows_of_its_picture_and_a_score_by_scores() -
     def error(expected: Array, index: int) -> float:
         got = expected.copy()
         got[:, index] += 0.01
-        return float(Slices([expected]).compare([got])[0].mean())
+        return float(Slices([expected]).compare(0, got)[0].mean())
 
     assert error(picture, 4) < 2 * error(picture, 0)
     boxes = picture.copy()
@@ -139,7 +140,7 @@ def test_all_rows_of_shares_are_of_one_kind() -> None:
     masks[:, 4] *= 1e-3
     got = masks + 1e-3 * (np.arange(5) == 4)[None, :, None]
     apart, together = (
-        float(Slices([masks], one_kind=one).compare([got])[0].mean()) for one in (False, True)
+        float(Slices([masks], one_kind=one).compare(0, got)[0].mean()) for one in (False, True)
     )
     assert apart > 0.1
     assert together < 1e-5
@@ -152,4 +153,41 @@ def test_a_score_that_loses_a_third_is_lost(kept: float, lost: int) -> None:
     expected[3, 2, 7] = 0.9
     got = expected.copy()
     got[3, 2, 7] = 0.9 * kept
-    assert Slices([expected]).compare([got])[1] == lost
+    assert Slices([expected]).compare(0, got)[1] == lost
+
+
+def judged_alone(rounded: RoundedModel, candidates: list[dict[str, QuantParams]]) -> int:
+    """The best candidate, each of them run on all samples."""
+    ranks = [rounded.best([candidate])[1].rank for candidate in candidates]
+    return ranks.index(min(ranks))
+
+
+def test_candidates_that_are_clearly_worse_are_not_run_to_the_end() -> None:
+    model, samples = opened(PASSES, rare(6.0))
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    grids = [(4, 6.0), (8, 6.0), (3, 6.0), (8, 6.1)]
+    candidates = [{"r": params_from_range(replace(U8, bits=bits), 0.0, top)} for bits, top in grids]
+    runs: list[int] = []
+    judge = rounded._judge
+    rounded._judge = lambda judged, batch: (runs.append(batch), judge(judged, batch))[1]  # type: ignore[method-assign]
+    best, found = rounded.best(candidates)
+    batches = len(rounded._feeds)
+    assert found.batches == batches
+    assert len(runs) <= 2 * batches + 2
+    assert best == judged_alone(rounded, candidates)
+
+
+def test_a_range_that_keeps_an_extreme_wins_though_it_was_given_up_for_its_error() -> None:
+    """The narrow range has less error on all samples but one, which the last batch has."""
+    x = rare(3.0)[:64]
+    model, samples = opened(PASSES, x)
+    last = BATCH * RoundedModel(model, ["r"], samples, CONFIG)._order[-1]
+    x[last, 5] = 40.0
+    model, samples = opened(PASSES, x)
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    narrow, wide = (
+        {"r": params_from_range(replace(U8, bits=6), 0.0, end)} for end in (3.2, 40.0)
+    )
+    assert rounded.best([narrow])[1].lost == 1
+    best, found = rounded.best([narrow, wide])
+    assert (best, found.lost, found.batches) == (1, 0, len(rounded._feeds))

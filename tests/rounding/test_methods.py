@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from onnx_attnround.records import QuantSpec
 from onnx_attnround.rounding import methods
+from onnx_attnround.rounding import objective as objective_module
 from onnx_attnround.rounding.gram import dense, identity
 from onnx_attnround.rounding.methods import ROUNDERS, TAU, Solution, attention_codes, descend, solve
 from onnx_attnround.rounding.moments import Moments
@@ -510,6 +511,39 @@ def test_draws_are_made_only_where_rounding_matters(
     target = replace(target, constant=target.constant + input_error * nearest)
     solve(target, "attention", steps=10, seed=0)
     assert len(made) == draws
+
+
+@pytest.mark.parametrize(("input_error", "learned"), [(0.0, True), (100.0, False)])
+def test_offsets_are_learned_only_where_rounding_matters(
+    input_error: float, learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[torch.Tensor] = []
+    usual = methods.attention_codes
+
+    def record(problem: Objective, scale: torch.Tensor, *rest: object) -> torch.Tensor:
+        starts.append(scale)
+        return usual(problem, scale, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods, "attention_codes", record)
+    target = correlated(0).objective
+    scale = search_scale(target)
+    constant = target.constant + input_error * target.loss(target.nearest(scale), scale)
+    target = replace(target, constant=constant)
+    found = solve(target, "attention", steps=10, seed=0)
+    assert bool(starts) == learned
+    best = descend(target, target.nearest(scale), scale)
+    gained = bool((target.loss(found.codes, found.scale) < target.loss(best, scale)).any())
+    assert gained == learned
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_are_searched_until_smaller_ones_are_hopeless(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = correlated(3, bits).objective
+    quick = search_scale(target)
+    monkeypatch.setattr(objective_module, "HOPELESS", math.inf)
+    torch.testing.assert_close(quick, search_scale(target), rtol=0, atol=0)
 
 
 def test_a_floor_holds_the_scale_up() -> None:

@@ -239,6 +239,15 @@ def test_latency_and_sizes_are_measured(tmp_path: Path) -> None:
     assert found.float_bytes == (tmp_path / "float.onnx").stat().st_size
 
 
+def test_single_samples_are_timed_where_a_batch_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build(TWO_LAYERS)
+    samples = noise(model, 20)
+    monkeypatch.setattr("onnx_attnround.verify.speed.LONGEST", 0.0)
+    assert verify(model, perturbed(model, "w2"), samples).latency.batch == 1
+
+
 def test_progress_ends_at_its_total() -> None:
     model = build(TWO_LAYERS)
     events: list[Event] = []
