@@ -92,7 +92,8 @@ class QuantConfig(Settings):
     )
     first_last_bits: Bits = _key(
         _BITS, 8, "Bits of the first and the last layers, at least `weight_bits` without "
-        "`mean_bits`",
+        "`mean_bits`; with samples, of as many weights in the layers whose rounding is measured to "
+        "cost most",
     )  # fmt: skip
     embedding_bits: Annotated[Literal[4, 8, 32], _WHOLE] = _key(
         _BITS,

@@ -44,7 +44,7 @@ from onnx_attnround.pipeline.proof import (
     rounded_note,
 )
 from onnx_attnround.pipeline.smoothing import smooth_model
-from onnx_attnround.plan.bits import allocate, measures
+from onnx_attnround.plan.bits import allocate, measures, moves_wide
 from onnx_attnround.plan.dynamic import can_be_dynamic, with_dynamic
 from onnx_attnround.records import (
     Array,
@@ -371,13 +371,15 @@ def _allocate(
 def _measure(
     run: Run, model: ir.Model, plan: QuantPlan, samples: Samples | None
 ) -> LayerErrors | None:
-    """The errors of the layers by their bits, if the allocator asks for them."""
-    if samples is None or not measures(run.config):
+    """The errors of the layers by their bits, if the choice of these asks for them."""
+    if samples is None or not (measures(run.config) or moves_wide(plan.layers, run.config)):
         return None
-    from onnx_attnround.reconstruct.sensitivity import layer_errors  # with torch: takes a second
+    from onnx_attnround.reconstruct import sensitivity  # with torch: takes a second
 
+    every = measures(run.config)
     with run.stage("measure"):
-        return layer_errors(model, plan, samples, run)
+        find = sensitivity.layer_errors if every else sensitivity.errors_alone
+        return find(model, plan, samples, run)
 
 
 def _round(run: Run, prepared: Prepared, allocation: BitAllocation) -> dict[str, LayerRounding]:

@@ -17,7 +17,7 @@ from onnx_attnround.errors import ConfigError
 from onnx_attnround.graph import input_specs
 from onnx_attnround.graph.constants import constants
 from onnx_attnround.ops import matrix_shape
-from onnx_attnround.plan.bits import measures
+from onnx_attnround.plan.bits import measures, moves_wide
 from onnx_attnround.records import LayerPlan, QuantPlan
 from onnx_attnround.samples import Samples
 
@@ -63,7 +63,8 @@ def within_limit(
         )
     original, simplified = models
     count = None if samples is None else samples.count
-    fixed = _fixed(original, simplified, plan, count, measured=measures(config))
+    measured = measures(config) or moves_wide(plan.layers, config)
+    fixed = _fixed(original, simplified, plan, count, measured=measured)
     sample = 0 if count is None else _per_sample(simplified, plan, count)
     fewest = max((spec.shape[0] or 1 for spec in input_specs(original) if spec.shape), default=1)
     least = int(SLACK * (fixed + 2 * fewest * sample))

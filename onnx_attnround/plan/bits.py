@@ -15,12 +15,15 @@ then takes to code, the wider its codes.
 
 The other allocator, ``gram``, is given the error that each width of each layer
 costs (``reconstruct/sensitivity.py``), and spends the budget where it saves most of it.
+
+Without a budget all layers have one width, but for a few: the first and the last, or, where
+errors are measured, those that cause most of it, as many weights in all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -60,6 +63,25 @@ def measures(config: QuantConfig) -> bool:
     return config.budgeted
 
 
+def moves_wide(layers: Iterable[LayerPlan], config: QuantConfig) -> bool:
+    """Whether measured errors tell which layers have ``first_last_bits``.
+
+    Nothing need be measured where no other layer is as small as the first and last ones together.
+    Of narrow activations it is those of the first and last layers that are wider, and their
+    weights with them.
+    """
+    budgeted = config.mean_bits is not None or config.budgeted
+    if budgeted or config.first_last_bits <= config.weight_bits or config.act_bits < 8:
+        return False
+    room, others = 0, []
+    for layer in layers:
+        if layer.first_or_last:
+            room += layer.parameters
+        else:
+            others.append(layer.parameters)
+    return min(others, default=room + 1) <= room
+
+
 def allocate(
     layers: Sequence[LayerPlan],
     matrix: Callable[[str], Array],
@@ -69,6 +91,8 @@ def allocate(
     """Bits per layer: pinned ones as asked, the others uniform or under ``mean_bits``.
 
     Layers that read one weight have one width, unless ``layer_bits`` gives them others.
+    Of the layers that would be pinned as the first and last ones, others take the place if
+    ``errors`` tell that they need the bits more (:func:`moves_wide`).
     ``matrix`` gives the weight of a node as ``[g, o, d]``, and is asked for one at a time. Where
     the allocator ``measures`` and there are no ``errors``, layers that are not
     pinned are left out, and the mean is unknown.
@@ -76,6 +100,8 @@ def allocate(
     lengths = {} if config.mean_bits is None else _lengths(layers, matrix)
     asked = values_for(config.layer_bits, [layer.node for layer in layers])
     groups, bits = _shared_widths(layers, asked, config)
+    if errors and moves_wide(layers, config):
+        bits = _wide_moved({node: groups[node][0] for node in bits}, bits, errors, config)
     free = [groups[node][0] for node, width in bits.items() if width is None]
     chosen = {layer.node: config.weight_bits for layer in free}
     if measures(config) and errors is None:
@@ -180,6 +206,29 @@ def _pinned(readers: Sequence[LayerPlan], config: QuantConfig) -> int | None:
     if config.budgeted:
         return config.first_last_bits
     return max(config.first_last_bits, config.weight_bits)
+
+
+def _wide_moved(
+    layers: Mapping[str, LayerPlan],
+    pinned: Mapping[str, int | None],
+    errors: LayerErrors,
+    config: QuantConfig,
+) -> dict[str, int | None]:
+    """The pinned bits, with those of the most error per weight pinned in place of others.
+
+    They hold no more weights in all, and are taken one after the other, as far as they fit.
+    """
+    room = sum(layers[node].parameters for node, width in pinned.items() if width is not None)
+    moved: dict[str, int | None] = dict.fromkeys(pinned)
+
+    def urgency(node: str) -> float:
+        return errors[node][config.weight_bits] / layers[node].parameters
+
+    for node in sorted(pinned, key=urgency, reverse=True):
+        if layers[node].parameters <= room:
+            room -= layers[node].parameters
+            moved[node] = config.first_last_bits
+    return moved
 
 
 def least_error(

@@ -1,10 +1,15 @@
-"""The cost of each width of each layer to the model, which the allocator ``gram`` weighs.
+"""The cost of each width of each layer to the model's outputs, for ``plan/bits.py`` to weigh.
+
+For the allocator ``gram``, and for goals, all widths count (:func:`layer_errors`).
 
 The walk over the float model gives each layer's moments, and with them the error
 ``N(b)`` of rounding to nearest with ``b`` bits, relative to the variance of the
 layer's output. How much of a layer's error reaches the model's outputs is measured:
 with that layer alone rounded, to ``PROBE_BITS``, the outputs are off by ``E``, as a
 share of their power. Then ``b`` bits cost ``E N(b) / N(PROBE_BITS)``.
+
+Where all layers have one width but for the most sensitive ones, ``E`` of that width is enough,
+and no walk is needed (:func:`errors_alone`).
 """
 
 from __future__ import annotations
@@ -25,11 +30,13 @@ from onnx_attnround.reconstruct.layerwise import (
     moments_of,
     open_layer,
     round_layer,
+    round_plain,
     torch_threads,
 )
 from onnx_attnround.reconstruct.walk import walking
 from onnx_attnround.records import (
     Array,
+    BitAllocation,
     LayerErrors,
     LayerPlan,
     LayerRounding,
@@ -46,6 +53,12 @@ PROBE_BITS = 4
 
 PROBE_SAMPLES = 64
 """The samples, at least, on which it is measured, if there are as many."""
+
+PASSES = 1
+"""The runs over all samples that :func:`errors_alone` may take the time of, all layers together."""
+
+LEAST_SAMPLES = 4
+"""The samples that it measures each layer on, at least; ``PROBE_SAMPLES`` at most."""
 
 
 def layer_errors(
@@ -79,6 +92,35 @@ def layer_errors(
                 return _costs(layer, moments, probe, config)
 
         Units(run, "measure", len(layers)).walk(walk.advance, make, take_up)
+    return {node: errors[layer.node] for node, layer in first.items()}
+
+
+def errors_alone(
+    model: ir.Model, plan: QuantPlan, samples: Samples, run: Run
+) -> LayerErrors:
+    """The error of the outputs with each layer alone rounded to nearest, to ``weight_bits``.
+
+    In other respects as :func:`layer_errors`, and so is what it raises.
+    """
+    config, bits = run.config, run.config.weight_bits
+    first = {node: group[0] for node, group in readers_of(plan.layers).items()}
+    layers = [each for each in plan.layers if first[each.node] is each]
+    widths = dict.fromkeys(first, bits)
+    uniform = BitAllocation(bits=widths, coding_length={}, mean_bits=float(bits))
+    roundings = round_plain(model, plan, {}, uniform)
+    count = min(max(PASSES * samples.count // len(layers), LEAST_SAMPLES), PROBE_SAMPLES)
+    parts = samples.split(count)
+    probe = _Probe(model, plan.layers, samples if parts is None else parts[1], config)
+    errors: dict[str, Mapping[int, float]] = {}
+
+    def make(index: int) -> Mapping[int, float]:
+        return {bits: probe.error(layers[index], roundings[layers[index].node])}
+
+    def take_up(index: int, costs: Mapping[int, float]) -> str:
+        errors[layers[index].node] = costs
+        return layers[index].node
+
+    Units(run, "measure", len(layers)).walk(lambda index: None, make, take_up)
     return {node: errors[layer.node] for node, layer in first.items()}
 
 

@@ -22,6 +22,7 @@ from onnx_attnround.plan.bits import (
     coding_length,
     least_error,
     measures,
+    moves_wide,
     under_budget,
 )
 from onnx_attnround.records import Array, BitAllocation, LayerPlan, QuantSpec
@@ -369,6 +370,34 @@ def test_measured_errors_decide_for_gram() -> None:
     assert bits == {"first": 8, "block.0/rich": 3, "block.1/poor": 5, "last": 8}
     other = allocation(mean_bits=4.5).bits
     assert other["block.0/rich"] > other["block.1/poor"]
+
+
+def test_the_layers_that_cost_most_are_wide_in_place_of_the_first_and_last() -> None:
+    """The room of these two is 192 weights; the layers between have 512 each, or 96 to 128."""
+    narrow = (layer("block.2/a", 8, 12), layer("block.2/b", 8, 16))
+    assert LAYERS[0].parameters + LAYERS[-1].parameters == 192
+
+    def wide(costs: dict[str, float], **options: object) -> set[str]:
+        errors = {node: {4: cost} for node, cost in costs.items()}
+        config = QuantConfig.parse({"weight_bits": 4, **options})
+        bits = allocate((*LAYERS, *narrow), matrix, config, errors).bits
+        return {node for node, width in bits.items() if width == 8}
+
+    costs = {"first": 2.0, "block.0/rich": 99.0, "block.1/poor": 1.0, "last": 1.0,
+             "block.2/a": 9.0, "block.2/b": 4.0}  # fmt: skip
+    assert wide(costs) == {"block.2/a", "first"}
+    assert wide(costs, layer_bits={"*/a": 3}) == {"first", "block.2/b"}
+    assert wide({**costs, "last": 99.0}) == {"last", "first"}
+    assert wide(costs, act_bits=4) == {"first", "last"}
+    assert wide(costs, first_last_bits=4) == set()
+
+
+def test_nothing_is_measured_where_no_other_layer_could_be_wide() -> None:
+    narrow = layer("block.2/a", 8, 12)
+    assert moves_wide((*LAYERS, narrow), QuantConfig(weight_bits=4))
+    assert not moves_wide(LAYERS, QuantConfig(weight_bits=4))
+    for options in ({}, {"weight_bits": 4, "act_bits": 4}, {"mean_bits": 4}):
+        assert not moves_wide((*LAYERS, narrow), QuantConfig.parse(options))
 
 
 def test_bits_that_only_a_run_can_tell_are_left_out() -> None:

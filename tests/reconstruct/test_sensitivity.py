@@ -17,7 +17,12 @@ from onnx_attnround import QuantConfig, graph
 from onnx_attnround.context import Run
 from onnx_attnround.plan import make_plan as plan_model
 from onnx_attnround.reconstruct.layerwise import round_plain
-from onnx_attnround.reconstruct.sensitivity import PROBE_SAMPLES, layer_errors
+from onnx_attnround.reconstruct.sensitivity import (
+    LEAST_SAMPLES,
+    PROBE_SAMPLES,
+    errors_alone,
+    layer_errors,
+)
 from onnx_attnround.records import BitAllocation, Event, LayerErrors
 from onnx_attnround.runtime.session import open_session
 from onnx_attnround.samples import open_samples
@@ -127,3 +132,24 @@ def test_errors_are_those_on_the_choices_of_the_float_model(name: str) -> None:
     model = choosing(name)
     errors = measured(model, noise(model, 40), bit_choices=[4, 6])
     assert all(0 <= cost[6] <= cost[4] < 0.25 for cost in errors.values())
+
+
+def test_errors_alone_are_those_of_the_model_with_one_weight_rounded_to_nearest() -> None:
+    model = build("g (float[N,6] x) => (float[N,5] y) <float[6,6] v, float[6,5] w>"
+                  "{ a = MatMul(x, v)  r = Relu(a)  y = MatMul(r, w) }")  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(LEAST_SAMPLES, 6)).astype(np.float32)
+    plan = plan_model(model, config(), quantise_activations=True)
+    samples = open_samples(x, graph.input_specs(model))
+    errors = errors_alone(model, plan, samples, Run(config(weight_bits=3)))
+    nodes = [layer.node for layer in plan.layers]
+    roundings = round_plain(
+        model, plan, {}, BitAllocation(bits=dict.fromkeys(nodes, 3), coding_length={}, mean_bits=3)
+    )
+    exact = {layer.node: graph.tensor_value(model, layer.weight) for layer in plan.layers}
+    wanted = np.maximum(x @ exact[nodes[0]], 0) @ exact[nodes[1]]
+    assert list(errors) == nodes
+    for node in nodes:
+        weights = exact | {node: roundings[node].codes * roundings[node].scale[None]}
+        got = np.maximum(x @ weights[nodes[0]], 0) @ weights[nodes[1]]
+        share = np.square(got - wanted).sum() / np.square(wanted).sum()
+        assert errors[node] == {3: pytest.approx(share, rel=1e-3)}
