@@ -50,6 +50,8 @@ def run(result: QuantizeResult, command: str | None = None) -> str:
         parts.append(f"**What would help**\n\n{told}\n\n```toml\n{result.advice.block}\n```")
     if result.notes:
         parts.append("**Notes**\n\n" + _list(result.notes))
+    if found is not None and found.kernels:
+        parts.append(_folded("Where the time goes", table(tables.kernels(found))))
     if plan.layers:
         parts.append(_folded("Layers", table(tables.layers(result))))
     return _joined(parts, command)

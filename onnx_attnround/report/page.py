@@ -27,6 +27,7 @@ from onnx_attnround.report.charts import (
     scatter,
 )
 from onnx_attnround.report.document import versions
+from onnx_attnround.report.layout import Rows
 from onnx_attnround.report.result import Compared, Point, QuantizeResult
 from onnx_attnround.report.sentences import (
     advice_line,
@@ -48,7 +49,7 @@ from onnx_attnround.report.summary import (
     verdict_of_all,
     verdict_of_pair,
 )
-from onnx_attnround.verify import PairComparison
+from onnx_attnround.verify import PairComparison, Verification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,7 @@ def run_page(result: QuantizeResult, command: str | None = None) -> str:
         **_running(
             result.checked, plan.skipped, onnxruntime=plan.target.runtime == "onnxruntime"
         ),
+        kernels=_kernels(found),
         command=command,
         settings=_settings(result.config),
         seconds=_seconds(result.seconds),
@@ -164,6 +166,7 @@ def compared_page(compared: Compared, command: str | None = None) -> str:
         basis=basis(found.verification),
         notes=compared.notes,
         outputs=tables.outputs(found.verification),
+        kernels=_kernels(found.verification),
         errors=_pair_chart(found),
         layers=[{"layer": each, **tables.pair_figures(each)} for each in found.layers],
         first=found.first,
@@ -405,6 +408,10 @@ def _running(
         "reasons": in_float(checked.fusion, skipped),
         "findings": tables.findings(checked) if checked.findings else None,
     }
+
+
+def _kernels(found: Verification | None) -> Rows | None:
+    return tables.kernels(found) if found is not None and found.kernels else None
 
 
 def _settings(config: QuantConfig) -> str:

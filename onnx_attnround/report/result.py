@@ -23,10 +23,12 @@ class Trial:
     """One of the files that were made on the way to a goal, and what was measured of it.
 
     ``mean_bits`` is the mean over all weights, ``size`` is in bytes, ``told`` the figure of the
-    goal in words. The file that was written is the one ``kept``.
+    goal in words. ``in_float`` counts activations that stay float where others are rounded.
+    The file that was written is the one ``kept``.
     """
 
     act_bits: int
+    in_float: int = 0
     mean_bits: float
     size: int
     speedup: float

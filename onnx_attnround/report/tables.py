@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from onnx_attnround.check import Checked
 from onnx_attnround.records import BitAllocation, LayerPlan, QuantPlan
 from onnx_attnround.report.layout import Rows
-from onnx_attnround.report.result import GoalSearch, Point, QuantizeResult
+from onnx_attnround.report.result import GoalSearch, Point, QuantizeResult, Trial
 from onnx_attnround.verify import (
     Accuracy,
     Basis,
+    KernelTime,
     Latency,
     LayerPair,
     OutputComparison,
@@ -25,6 +26,9 @@ BASES: Mapping[Basis, str] = {
     "held out": "held-out samples",
     "calibration": "samples it was fitted to",
 }
+KERNELS = 10
+"""The kinds of nodes whose time is told, those that take most."""
+
 TOLD_FROZEN = 0.01
 """The share of values that no longer move from which on they are told."""
 
@@ -107,7 +111,7 @@ def trials(search: GoalSearch) -> Rows:
         (">activations", ">mean bits", ">bytes", ">speed", search.goal, "", "kept"),
         [
             (
-                "float" if trial.act_bits == 32 else f"{trial.act_bits} bits",
+                _activations_told(trial),
                 f"{trial.mean_bits:.2f}",
                 f"{trial.size:,}",
                 f"{trial.speedup:.2f}x",
@@ -118,6 +122,30 @@ def trials(search: GoalSearch) -> Rows:
             for trial in search.trials
         ],
     )
+
+
+def kernels(found: Verification) -> Rows:
+    """A row for each kind of node that takes most of the time, in one run of each model."""
+    first, rest = found.kernels[:KERNELS], found.kernels[KERNELS:]
+    rows = [(each.op_type, each.float_ms, each.quantised_ms) for each in first]
+    if rest:
+        rows.append((f"{len(rest)} others", *_sums(rest)))
+    rows.append(("all", *_sums(found.kernels)))
+    return Rows(
+        ("kind of node", ">float ms", ">quantised ms"),
+        [(name, *("" if not ms else f"{ms:.3g}" for ms in times)) for name, *times in rows],
+    )
+
+
+def _sums(times: Sequence[KernelTime]) -> tuple[float, float]:
+    return sum(each.float_ms for each in times), sum(each.quantised_ms for each in times)
+
+
+def _activations_told(trial: Trial) -> str:
+    if trial.act_bits == 32:
+        return "float"
+    apart = f", {trial.in_float} float" if trial.in_float else ""
+    return f"{trial.act_bits} bits{apart}"
 
 
 def _layer_cells(result: QuantizeResult, layer: LayerPlan) -> list[str]:

@@ -24,6 +24,7 @@ from onnx_attnround.verify.parting import compare_layer_pairs
 from onnx_attnround.verify.results import (
     Accuracy,
     Basis,
+    KernelTime,
     Latency,
     LayerPair,
     OutputComparison,
@@ -35,6 +36,7 @@ from onnx_attnround.verify.shared import open_comparison
 from onnx_attnround.verify.speed import (
     LONGEST,
     float_seconds,
+    kernel_times,
     measure_speed,
     serialised_bytes,
     slower_note,
@@ -47,6 +49,7 @@ __all__ = [
     "Advice",
     "Basis",
     "Gate",
+    "KernelTime",
     "Latency",
     "LayerPair",
     "OutputComparison",
@@ -122,6 +125,7 @@ def verify(  # noqa: PLR0913, each says one thing of how it is measured
     simplified, planned = layers or (float_model, ())
     layer_sqnr = compare_layers((simplified, quantised), planned, samples, threads, step)
     latency = measure_speed(models, samples, speed_batch)
+    kernels = kernel_times(models, samples, latency.batch)
     step("latency", total)
     return Verification(
         samples=count,
@@ -140,6 +144,7 @@ def verify(  # noqa: PLR0913, each says one thing of how it is measured
         ),
         notes=notes,
         latency=latency,
+        kernels=kernels,
         float_bytes=serialised_bytes(float_model),
         quantised_bytes=serialised_bytes(quantised),
     )

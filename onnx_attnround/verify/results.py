@@ -158,6 +158,18 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """Milliseconds that all nodes of a kind take in one run of each model, 0 where it has none.
+
+    ``op_type`` is that of the nodes that ONNX Runtime runs, fused as they are.
+    """
+
+    op_type: str
+    float_ms: float
+    quantised_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """What was measured on the two models.
 
@@ -165,7 +177,8 @@ class Verification:
     ``layer_sqnr`` maps a planned layer's node name to the SQNR of its output in dB,
     ``not_compared`` names the layers and graph outputs that could not be. Layers are compared
     on what the float model chooses and draws, and so are outputs that could not be compared
-    otherwise, of which ``notes`` tell. Sizes are those of the serialised models, in bytes.
+    otherwise, of which ``notes`` tell. ``kernels`` tells where the time of both goes, most first.
+    Sizes are those of the serialised models, in bytes.
     """
 
     samples: int
@@ -176,6 +189,7 @@ class Verification:
     not_compared: tuple[str, ...]
     notes: tuple[str, ...] = ()
     latency: Latency
+    kernels: tuple[KernelTime, ...] = ()
     float_bytes: int
     quantised_bytes: int
 

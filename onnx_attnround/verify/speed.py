@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 import timeit
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,17 +15,10 @@ import onnx_ir as ir
 from onnx_attnround.check import Fusion
 from onnx_attnround.graph import serialised
 from onnx_attnround.records import Array
+from onnx_attnround.runtime.profile import profiled
 from onnx_attnround.samples import Samples
-from onnx_attnround.verify.results import Latency
-from onnx_attnround.verify.runs import (
-    Feed,
-    Models,
-    Runs,
-    open_one,
-    open_pair,
-    run_both,
-    sample_count,
-)
+from onnx_attnround.verify.results import KernelTime, Latency
+from onnx_attnround.verify.runs import Feed, Forward, Models, open_one, open_pair, sample_count
 
 CLOCK = (
     time.thread_time if time.get_clock_info("thread_time").resolution <= 1e-6 else time.perf_counter
@@ -34,6 +30,9 @@ By what that thread computes, where that is told finely enough: other processes 
 
 LATENCY_SECONDS = 1.0
 """The seconds for which both models are timed, as far as ``LATENCY_PAIRS`` allow."""
+
+PROFILED = 3
+"""The runs of which the least time of each node is taken."""
 
 LATENCY_PAIRS = (3, 25)
 """The fewest and the most pairs of runs, however long they take."""
@@ -64,7 +63,7 @@ def measure_speed(models: Models, samples: Samples, batch: int) -> Latency:
         runs[0](feed)
         seconds = timeit.timeit(partial(runs[0], feed), timer=CLOCK, number=1)
         feed = next(samples.batches(batch)) if batch * seconds <= LONGEST else feed
-    times = _interleaved_times(runs, feed)
+    times = _times_in_turns(runs, feed)
     medians = 1000 * np.median(times, axis=0)
     low, middle, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
     return Latency(
@@ -75,6 +74,43 @@ def measure_speed(models: Models, samples: Samples, batch: int) -> Latency:
         speedup=float(middle),
         spread=(float(low), float(high)),
     )
+
+
+def kernel_times(models: Models, samples: Samples, batch: int) -> tuple[KernelTime, ...]:
+    """Where the time of ``batch`` samples goes in both models, on one thread: most first.
+
+    Of each node the least time of some runs counts. Errors as of ``profiled``.
+    """
+    feed = next(samples.batches(batch))
+    before, after = (_by_kernel(profiled(model, feed, PROFILED)) for model in models)
+    found = [
+        KernelTime(op_type=op, float_ms=before[op] / 1000, quantised_ms=after[op] / 1000)
+        for op in before | after
+    ]
+    return tuple(sorted(found, key=lambda each: -max(each.float_ms, each.quantised_ms)))
+
+
+def _by_kernel(events: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Microseconds by type of node."""
+    least: dict[tuple[str, str], int] = {}
+    for event in events:
+        if event.get("cat") == "Node" and (op := event.get("args", {}).get("op_name")):
+            node = op, str(event["name"])
+            least[node] = min(least.get(node, event["dur"]), event["dur"])
+    total = Counter[str]()
+    for (op, _), taken in least.items():
+        total[op] += taken
+    return total
+
+
+def fastest(models: Sequence[ir.Model], samples: Samples, batch: int) -> int:
+    """The place of the quantised model that takes the least time in turns; errors as of ``verify``.
+
+    By the median of its times over those of the first, which run beside them.
+    """
+    runs = [open_one(model, "quantised", 1, exact_sums=False) for model in models]
+    times = _times_in_turns(runs, next(samples.batches(batch)))
+    return int(np.argmin(np.median(times / times[:, :1], axis=0)))
 
 
 def slower_note(latency: Latency, fusion: Fusion) -> list[str]:
@@ -98,9 +134,10 @@ def serialised_bytes(model: ir.Model) -> int:
     return sum(map(len, serialised(model)))
 
 
-def _interleaved_times(runs: Runs, feed: Feed) -> Array:
-    """Seconds ``[pairs, 2]`` of float and quantised runs in turn, after one of each unmeasured."""
-    run_both(runs, feed)
+def _times_in_turns(runs: Sequence[Forward], feed: Feed) -> Array:
+    """Seconds ``[rounds, runs]`` of runs in turn, after one of each unmeasured."""
+    for run in runs:
+        run(feed)
     least, most = LATENCY_PAIRS
     times: list[list[float]] = []
     end = time.perf_counter() + LATENCY_SECONDS

@@ -22,7 +22,7 @@ from onnx_attnround.records import (
     TensorStats,
 )
 from onnx_attnround.targets import TARGETS
-from onnx_attnround.verify import Accuracy, Latency, OutputComparison, Verification
+from onnx_attnround.verify import Accuracy, KernelTime, Latency, OutputComparison, Verification
 from onnx_attnround.verify.results import Extreme, WorstSlice
 
 SPEC = QuantSpec(bits=4, signed=True, symmetric=True, axis=0)
@@ -126,6 +126,14 @@ def result() -> QuantizeResult:
             not_compared=("head",),
             latency=Latency(
                 batch=16, pairs=9, float_ms=8.0, quantised_ms=5.0, speedup=1.6, spread=(1.5, 1.75)
+            ),
+            kernels=(
+                KernelTime(op_type="Conv", float_ms=7.0, quantised_ms=0.0),
+                KernelTime(op_type="QLinearConv", float_ms=0.0, quantised_ms=4.5),
+                *(
+                    KernelTime(op_type=f"Small{number}", float_ms=0.125, quantised_ms=0.0625)
+                    for number in range(9)
+                ),
             ),
             float_bytes=4_000_000,
             quantised_bytes=1_000_000,

@@ -131,6 +131,16 @@ def test_a_page_tells_of_a_goal(result: QuantizeResult) -> None:
     assert "The way to the goal" in markdown.run(replace(result, search=missed))
 
 
+def test_a_page_tells_where_the_time_goes(result: QuantizeResult) -> None:
+    assert result.verification is not None
+    told = " ".join(" ".join(Text(run_page(result)).words).split())
+    assert "Where the time goes" in told
+    assert "QLinearConv 4.5 Small0" in told
+    assert "Small7 0.125 0.0625 1 others 0.125 0.0625 all 8.12 5.06" in told
+    nothing = replace(result, verification=replace(result.verification, kernels=()))
+    assert "Where the time goes" not in run_page(nothing)
+
+
 def test_a_page_asks_nothing_of_anybody(result: QuantizeResult) -> None:
     """No script, no file, no address but the empty one of the icon."""
     for page in (run_page(result), points_page(points_of(result)), check_page(result.checked)):
