@@ -51,6 +51,9 @@ GROUPS = 4
 TRIALS = (0.25, 0.5, 1.0)
 """Shares of the largest choice that are judged beside it."""
 
+Part = tuple[str, ...]
+"""One tensor, or neighbours that are taken together."""
+
 Errors = Sequence[Array]
 """Of each output the errors of samples, as ``RoundedModel.errors`` has them."""
 
@@ -119,48 +122,97 @@ def find_float_tensors(
     return best
 
 
-def _greedy(probe: RoundedModel, params: Mapping[str, QuantParams], work: _Work) -> Iterator[str]:
-    """Tensors, the one first that saves most for its work, while that is worth it.
+def by_worth(
+    model: ir.Model,
+    plan: QuantPlan,
+    params: Mapping[str, QuantParams],
+    samples: Samples,
+    config: QuantConfig,
+) -> list[FloatTensors]:
+    """Ever more tensors in float, from none to all of them: first what saves most for its work.
 
-    Errors add up; what the whole has more than the sum of those measured is of all others.
+    Tensors that matter little come in groups. ``float_db`` is foretold by what the single ones
+    and the groups cause, which adds up. Raises as :func:`find_float_tensors`.
     """
+    params = plan.own(params)
+    work = _Work.of(model, plan, params, samples, config)
+    parted = samples.split(min(PROBED, samples.count - 1))
+    probe = RoundedModel(model, list(params), samples if parted is None else parted[1], config)
     whole = probe.errors(params)
-    waiting = dict(_alone(probe, params, whole, work))
-    left: Errors = [
-        np.maximum(of_all, sum(of_each)) if of_each else of_all
-        for of_all, *of_each in zip(whole, *waiting.values(), strict=True)
-    ]
-    chosen: list[str] = []
+    rounded = _decibels(whole)
+    single, groups = _parts(probe, params, whole, list(params))
+    waiting = {**single, **groups}
+    left, chosen = _all_of(whole, waiting), list[str]()
+    found = [FloatTensors(rounded_db=rounded, float_db=_decibels(left))]
     while waiting:
-        rates = {
-            name: _saved(left, error) / work.added(name, chosen) for name, error in waiting.items()
-        }
-        name = max(rates, key=lambda each: rates[each])
-        if rates[name] < WORTH_DB * 100:
+        part, _ = _best(left, waiting, work, chosen)
+        left = _less(left, waiting.pop(part))
+        chosen += part
+        found.append(
+            FloatTensors(
+                tensors=tuple(chosen),
+                rounded_db=rounded,
+                float_db=_decibels(left) if waiting else -math.inf,
+                share=work.share(chosen),
+            )
+        )
+    return found
+
+
+def _greedy(probe: RoundedModel, params: Mapping[str, QuantParams], work: _Work) -> Iterator[str]:
+    """Tensors, the one first that saves most for its work, while that is worth it."""
+    whole = probe.errors(params)
+    waiting, _ = _parts(probe, params, whole, [n for n in params if work.share([n]) <= SHARE])
+    left, chosen = _all_of(whole, waiting), list[str]()
+    while waiting:
+        part, rate = _best(left, waiting, work, chosen)
+        if rate < WORTH_DB * 100:
             return
-        error = waiting.pop(name)
-        if work.share([*chosen, name]) <= SHARE:
+        error = waiting.pop(part)
+        if work.share([*chosen, *part]) <= SHARE:
             left = _less(left, error)
-            chosen.append(name)
-            yield name
+            chosen += part
+            yield from part
 
 
-def _alone(
-    probe: RoundedModel, params: Mapping[str, QuantParams], whole: Errors, work: _Work
-) -> Iterator[tuple[str, Errors]]:
-    """The errors of single tensors, of those that may be worth their work in float.
+def _best(
+    left: Errors, waiting: Mapping[Part, Errors], work: _Work, chosen: Sequence[str]
+) -> tuple[Part, float]:
+    """What saves most of the errors ``left`` for its work, and how many dB for all the work."""
+    rates = {
+        part: _saved(left, error) / work.added(part, chosen) for part, error in waiting.items()
+    }
+    part = max(rates, key=lambda each: rates[each])
+    return part, rates[part]
+
+
+def _parts(
+    probe: RoundedModel, params: Mapping[str, QuantParams], whole: Errors, names: Sequence[str]
+) -> tuple[dict[Part, Errors], dict[Part, Errors]]:
+    """The errors of single tensors, of those that may be worth it, and of groups of all others.
 
     Neighbours are rounded together first: most matter so little that one run tells it of all.
     """
-    names = [name for name in params if work.share([name]) <= SHARE]
-    groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
-    saved = []
-    for group in groups:
-        errors = probe.only(group).errors({name: params[name] for name in group})
-        saved.append(_saved(whole, errors))
-    for at in sorted(np.argsort(saved)[::-1][:GROUPS]):
-        rounded = probe.only(groups[at])
-        yield from ((name, rounded.errors({name: params[name]})) for name in groups[at])
+    starts = range(0, len(names), TOGETHER)
+    groups = [tuple(names[start : start + TOGETHER]) for start in starts]
+    found = {
+        group: probe.only(group).errors({name: params[name] for name in group}) for group in groups
+    }
+    saved = [_saved(whole, found[group]) for group in groups]
+    apart = [groups[at] for at in sorted(np.argsort(saved)[::-1][:GROUPS])]
+    single: dict[Part, Errors] = {}
+    for group in apart:
+        rounded = probe.only(group)
+        single |= {(name,): rounded.errors({name: params[name]}) for name in group}
+    return single, {group: error for group, error in found.items() if group not in apart}
+
+
+def _all_of(whole: Errors, parts: Mapping[Part, Errors]) -> Errors:
+    """The errors of all: what the whole has more than the sum of ``parts`` is of what is none."""
+    return [
+        np.maximum(of_all, sum(of_each)) if of_each else of_all
+        for of_all, *of_each in zip(whole, *parts.values(), strict=True)
+    ]
 
 
 def _less(errors: Errors, others: Errors) -> Errors:
@@ -229,9 +281,9 @@ class _Work:
         work = sum(self.layers[node] for node in nodes) + sum(self.size[name] for name in names)
         return work / max(self.total, 1.0)
 
-    def added(self, name: str, names: Sequence[str]) -> float:
-        """What one more tensor adds to the share of others."""
-        return self.share([*names, name]) - self.share(names)
+    def added(self, more: Part, names: Sequence[str]) -> float:
+        """What some more tensors add to the share of others."""
+        return self.share([*names, *more]) - self.share(names)
 
 
 def _root(name: str, plan: QuantPlan) -> str:

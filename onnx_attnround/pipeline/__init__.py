@@ -172,9 +172,7 @@ def load(
         check_work_dir(run.config.work_dir)
     with run.stage("load"):
         original = open_model(model)
-        samples = open_calibration(
-            source, calibration, original, preprocess, run.config, run.notes
-        )
+        samples = open_calibration(source, calibration, original, preprocess, run.config, run.notes)
         held_out, labels = open_evaluation(evaluation, original, preprocess, run.notes)
         check_labels(labels, held_out, original)
         check_samples(run.config, samples, held_out)
@@ -192,9 +190,7 @@ def load(
     )
 
 
-def prepare(
-    run: Run, given: Loaded, errors: LayerErrors | None = None
-) -> tuple[Run, Prepared]:
+def prepare(run: Run, given: Loaded, errors: LayerErrors | None = None) -> tuple[Run, Prepared]:
     """The stages that do not depend on the bits of the layers; the run with its work dir.
 
     Its settings are those that its memory limit has room for. ``errors`` are those of the
@@ -211,7 +207,9 @@ def prepare(
     with run.stage("calibrate"):
         ranges = ranges_of(run, simplified, plan, samples, observers)
         run.notes += left_out_note(ranges)
-        simplified, plan, ranges = with_float_tensors(run, simplified, plan, ranges, samples)
+        simplified, plan, ranges, floats = with_float_tensors(
+            run, simplified, plan, ranges, samples
+        )
         plan, ranges = with_dynamic_ranges(run, simplified, plan, ranges, samples, observers)
     if plan.dynamic:
         given = _in_batches(given, 1)  # as its range is found over all of a batch
@@ -222,7 +220,7 @@ def prepare(
         run.notes += few_rows(plan, ranges, samples.count)
     errors = errors or _measure(run, simplified, plan, samples)
     return run, Prepared(
-        given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors
+        given=given, simplified=simplified, plan=plan, ranges=ranges, errors=errors, floats=floats
     )
 
 

@@ -72,12 +72,12 @@ def ranges_of(
 
 def with_float_tensors(
     run: Run, model: ir.Model, plan: QuantPlan, ranges: Calibration, samples: Samples | None
-) -> tuple[ir.Model, QuantPlan, Calibration]:
-    """Model, plan and ranges once more, where some activations had better stay float."""
+) -> tuple[ir.Model, QuantPlan, Calibration, tuple[str, ...]]:
+    """Model, plan and ranges once more, where some activations had better stay float: which."""
     config = run.config
     floats = plan.target.placement != "everything"
     if samples is None or config.float_tensors == "never" or config.act_bits != 8 or not floats:
-        return model, plan, ranges
+        return model, plan, ranges, ()
     found: FloatTensors | None = run.checkpoint.get("float")
     if found is None:
         accurate = ranges.error < ACCURATE  # as it was measured while ranges were chosen
@@ -86,16 +86,16 @@ def with_float_tensors(
             found = find_float_tensors(model, plan, ranges.params, samples, config)
         run.checkpoint.put(found, "float")
     if not found.tensors:
-        return model, plan, ranges
+        return model, plan, ranges, ()
     bits = dict.fromkeys(found.tensors, 32) | config.activation_bits
     changed = config.model_copy(update={"activation_bits": bits})
     parted, new = plan_parted(model, changed, quantise_activations=True)
     kept = {name: _params_of(parted, name, ranges) for name in new.activations}
     if None in kept.values():  # the new plan rounds what was not observed
-        return model, plan, ranges
+        return model, plan, ranges, ()
     run.notes.append(found.note)
     params = {name: params for name, params in kept.items() if params is not None}
-    return parted, new, replace(ranges, params=params)
+    return parted, new, replace(ranges, params=params), found.tensors
 
 
 def with_dynamic_ranges(

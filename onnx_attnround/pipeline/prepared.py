@@ -37,7 +37,8 @@ class Loaded:
 class Prepared:
     """All that does not depend on the bits of the layers.
 
-    ``errors`` are those that the allocator goes by, if it goes by any.
+    ``errors`` are those that the allocator goes by, if it goes by any. ``floats`` are the
+    activations that were found to be better left in float.
     """
 
     given: Loaded
@@ -45,3 +46,4 @@ class Prepared:
     plan: QuantPlan
     ranges: Calibration
     errors: LayerErrors | None
+    floats: tuple[str, ...] = ()

@@ -10,7 +10,11 @@ import pytest
 from small_models import build
 
 from onnx_attnround import quantize
+from onnx_attnround.calibrate.float_tensors import by_worth
+from onnx_attnround.calibrate.output_error import RoundedModel
+from onnx_attnround.graph import input_specs
 from onnx_attnround.records import Array
+from onnx_attnround.samples import open_samples
 
 FRAGILE = """g (float[N,3,16,16] x) => (float[N,8,8,8] y)
     <float[4,3,1,1] a, float[4] shift, float[64,4,3,3] b, float[64,64,3,3] c, float[8,64,1,1] d>
@@ -89,3 +93,22 @@ def test_a_sound_stem_is_rounded() -> None:
     result = converted(fragile=False)
     assert not note_of(result)
     assert "q" in result.plan.activations
+
+
+def test_a_row_of_float_tensors_goes_from_none_to_all() -> None:
+    result = converted(fragile=True, float_tensors="never", holdout=0)
+    model, x = model_of(fragile=True)
+    samples = open_samples({"x": x}, input_specs(model))
+    given = (model, result.plan, result.ranges.params, samples, result.config)
+    row = by_worth(*given)
+    assert [len(each.tensors) for each in row] == list(range(len(row)))
+    assert row[1].tensors == ("q",)
+    assert set(row[-1].tensors) == set(result.plan.own(result.ranges.params))
+    errors = [each.float_db for each in row]
+    assert errors == sorted(errors, reverse=True)
+    alone = RoundedModel(model, ["q"], samples, result.config)
+    rest = RoundedModel(model, list(row[-1].tensors), samples, result.config)
+    without = {n: p for n, p in result.ranges.params.items() if n != "q"}
+    measured = 10 * np.log10(np.exp([alone.error(result.ranges.params), rest.error(without)]))
+    assert measured[0] > measured[1]
+    assert abs(measured[1] - row[1].float_db) < 3

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from onnx_attnround import QuantConfig, QuantizeResult, quantize
 from onnx_attnround.__main__ import main
 from onnx_attnround.errors import CalibrationError, ConfigError, GateError
-from onnx_attnround.pipeline.goal import Proposal, _next
+from onnx_attnround.pipeline.goal import Proposal, _Made, _next
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +71,56 @@ def test_the_smallest_file_is_taken_where_it_will_do() -> None:
 def test_speed_goes_before_size_where_that_is_preferred() -> None:
     result = made(until="sqnr=1", prefer="speed")
     assert set(result.allocation.bits.values()) == {8}
+
+
+def between(share: float, **options: Any) -> tuple[QuantizeResult, QuantizeResult, float]:
+    """A file all in integer, one for a goal beyond it, and that goal.
+
+    It lies at a ``share`` of the way, in dB, to the file of weights alone.
+    """
+    whole, weights = made(float_tensors="never"), made(act_bits=32)
+    goal = round((1 - share) * worst(whole) + share * worst(weights), 1)
+    samples = np.load(CALIBRATION)["input"][:96]
+    options = {"until": f"sqnr={goal}", **options}
+    return whole, quantize(RESNET, samples, config(**options), evaluation=EVALUATION), goal
+
+
+@pytest.mark.parametrize("slower", [False, True])
+def test_some_activations_are_float_where_that_will_do_and_costs_no_speed(
+    monkeypatch: pytest.MonkeyPatch, *, slower: bool
+) -> None:
+    monkeypatch.setattr(_Made, "slow", property(lambda made: slower and bool(made.proposal.floats)))
+    whole, result, goal = between(0.2)
+    assert worst(result) >= goal
+    assert result.search is not None and result.search.missed is None
+    tried = {(trial.act_bits, trial.in_float > 0) for trial in result.search.trials}
+    assert {(8, False), (8, True)} <= tried
+    (kept,) = (trial for trial in result.search.trials if trial.kept)
+    if slower:
+        assert kept.act_bits == 32 and not result.plan.activations
+        return
+    assert kept.act_bits == 8 and kept.in_float > 0
+    assert 0 < len(result.plan.activations) < len(whole.plan.activations)
+    again = quantize(RESNET, np.load(CALIBRATION)["input"][:96], result.config)
+    assert again.plan.activations == result.plan.activations
+
+
+def test_the_fastest_of_the_files_that_reach_the_goal_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raced: list[int] = []
+
+    def last(models: Sequence[ir.Model], samples: object, batch: int) -> int:
+        raced.append(len(models))
+        return len(models) - 1
+
+    monkeypatch.setattr("onnx_attnround.pipeline.goal.fastest", last)
+    monkeypatch.setattr(_Made, "slow", property(lambda made: bool(made.proposal.floats)))
+    _, result, _ = between(0.2, prefer="speed")
+    assert result.search is not None and result.search.missed is None
+    reached = [trial for trial in result.search.trials if trial.reached]
+    assert raced == [len(reached)] and len(reached) > 1
+    assert reached[-1].kept and reached[-1].act_bits == 32
 
 
 def test_activations_are_float_where_the_goal_wants_it() -> None:
@@ -155,7 +207,7 @@ def test_the_settings_in_the_file_make_it_again() -> None:
 
 def test_two_files_tell_what_is_predicted_beside_the_noise() -> None:
     """Of errors that are predicted ten too high, and noise that is half of the true ones."""
-    found = [Proposal(bits={}, stored=at, error=10.0 + 2.0 * (20 - at)) for at in range(21)]
+    found = [Proposal(bits={}, cost=at, error=10.0 + 2.0 * (20 - at)) for at in range(21)]
     noise = [0.1 * (20 - at) for at in range(21)]  # 1 at the tenth, and less behind it
     measured = [(found[at].error, noise[at]) for at in (20, 18)]
     assert _next(found, measured, -1, 18) == 11
