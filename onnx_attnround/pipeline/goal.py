@@ -229,11 +229,12 @@ class _Search:
     def _fastest(self, those: Sequence[_Made]) -> _Made:
         """The fastest here, in turns; for another runtime, that of the least work in float."""
         judged, target = self.given.judged_on, those[0].prepared.plan.target
-        if len(those) == 1 or judged is None or target.runtime != "onnxruntime":
+        found = those[0].result.verification
+        if len(those) == 1 or judged is None or found is None or target.runtime != "onnxruntime":
             return min(those, key=lambda each: each.proposal.cost)
         with self.run.stage("race"):
             models = [each.result.model for each in those]
-            return those[fastest(models, judged, self.run.config.speed_batch)]
+            return those[fastest(models, judged, found.latency.batch)]
 
     def widths(self, config: QuantConfig) -> tuple[Prepared, Measured]:
         """Make files of one precision of the activations, until the goal is met closely."""

@@ -16,7 +16,8 @@ import pytest
 from onnx_attnround import QuantConfig, QuantizeResult, quantize
 from onnx_attnround.__main__ import main
 from onnx_attnround.errors import CalibrationError, ConfigError, GateError
-from onnx_attnround.pipeline.goal import Proposal, _Made, _next
+from onnx_attnround.pipeline import make_plan
+from onnx_attnround.pipeline.goal import Proposal, _Made, _next, _wider
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +122,15 @@ def test_the_fastest_of_the_files_that_reach_the_goal_is_kept(
     reached = [trial for trial in result.search.trials if trial.reached]
     assert raced == [len(reached)] and len(reached) > 1
     assert reached[-1].kept and reached[-1].act_bits == 32
+
+
+@pytest.mark.parametrize(("target", "bits"), [("ort", 32), ("qnn", 16)])
+def test_the_last_files_have_the_widest_activations_of_the_target(target: str, bits: int) -> None:
+    options = config(target=target)
+    plan, _ = make_plan(RESNET, options)
+    wider = _wider(options, plan)
+    assert wider is not None and wider.act_bits == bits
+    assert _wider(wider, plan) is None
 
 
 def test_activations_are_float_where_the_goal_wants_it() -> None:
