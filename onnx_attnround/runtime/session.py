@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 
 from onnx_attnround.errors import (
@@ -177,7 +178,9 @@ def _session(
     providers = _PROVIDERS[device]
     try:
         session = ort.InferenceSession(source, options, providers=providers)
-    except MissingKernel:  # operators on signed codes, exact without the option only
+    except (MissingKernel, Fail):
+        # With the option, ONNX Runtime has no operators on signed codes, which are exact
+        # without it, and cannot give several readers of one weight its codes without signs.
         options.add_session_config_entry(EXACT_SUMS, "0")
         session = ort.InferenceSession(source, options, providers=providers)
     if (wanted := providers[0][0]) not in session.get_providers():  # it falls back in silence
