@@ -157,10 +157,9 @@ class RoundedModel:
                 break
         del plain  # before another session takes as much memory
         shares = outputs_of_shares(model)
-        self._slices = [
-            Slices(batches, one_kind=name in shares)
-            for name, batches in zip(self._outputs, zip(*expected, strict=True), strict=True)
-        ]
+        found = dict(zip(self._outputs, zip(*expected, strict=True), strict=True))
+        self._outputs = [name for name in found if any(values.size for values in found[name])]
+        self._slices = [Slices(found[name], one_kind=name in shares) for name in self._outputs]
         self._round(names)
 
     def only(self, names: Sequence[str]) -> RoundedModel:
@@ -387,6 +386,8 @@ class Slices:
         wanted, got = self.expected[batch], self._rows(values)
         if got.shape != wanted.shape:
             return np.ones(len(wanted)), 0
+        if not wanted.size:
+            return np.zeros(len(wanted)), 0
         found, lost = [], 0
         for axis, along in zip(self._axes, self._along, strict=True):
             expected, other = self._sliced(wanted, axis), self._sliced(got, axis)

@@ -191,3 +191,20 @@ def test_a_range_that_keeps_an_extreme_wins_though_it_was_given_up_for_its_error
     assert rounded.best([narrow])[1].lost == 1
     best, found = rounded.best([narrow, wide])
     assert (best, found.lost, found.batches) == (1, 0, len(rounded._feeds))
+
+
+def test_outputs_without_elements_are_not_judged() -> None:
+    """What a Slice beyond the end leaves."""
+    text = """g (float[N,8] x) => (float[N,8] y, float[N,0] none)
+        <int64[1] far = {20}, int64[1] last = {1}> {
+        r = Relu(x)  y = Identity(r)  none = Slice(r, far, far, last) }"""
+    model, samples = opened(text, rare(4.0))
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    errors = rounded.errors({"r": params_from_range(U8, 0.0, 4.0)})
+    assert len(errors) == 1
+
+
+def test_a_batch_in_which_nothing_is_found_has_no_error() -> None:
+    slices = Slices([np.ones(3, np.float32), np.ones(0, np.float32)])
+    errors, lost = slices.compare(1, np.ones(0, np.float32))
+    assert (len(errors), lost) == (0, 0)

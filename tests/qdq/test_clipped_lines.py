@@ -28,7 +28,7 @@ SWISH = SWISH.replace("    s = Mul (a, h)\n", "")
 
 def made(text: str, **settings: object) -> QuantizeResult:
     x = np.random.default_rng(0).normal(size=(32, 8, 10, 10)).astype(np.float32)
-    return quantize(build(text), x, threads=1, **settings)
+    return quantize(build(text), x, threads=1, keep_integer=True, **settings)
 
 
 def line(alpha: float, beta: float) -> str:

