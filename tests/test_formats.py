@@ -227,6 +227,16 @@ def test_an_input_without_a_shape_is_refused(tmp_path: Path) -> None:
         convert(proto, tmp_path)
 
 
+def test_ends_without_elements_beside_a_layer(tmp_path: Path) -> None:
+    proto = build_proto(
+        """net (float[0,3,4] none, float[N,4] x) => (float[M,3,4] moved, float[N,3] y)
+        <float[4,3] w> { moved = Relu(none)  h = Relu(x)  y = MatMul(h, w) }"""
+    )
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    feeds = [{"none": np.zeros((0, 3, 4), np.float32), "x": x * k} for k in (1, 2, 3)]
+    assert layers(convert(proto, tmp_path, feeds)) == ["MatMul"]
+
+
 # --- 16-bit floats ----------------------------------------------------------------------
 
 HALF = {

@@ -54,8 +54,8 @@ def run_both(runs: Runs, feed: Feed) -> tuple[Outputs, Outputs]:
 
 
 def sample_count(feed: Feed) -> int:
-    """How many samples a feed holds: the leading dimension of its first tensor."""
-    return next((len(value) for value in feed.values() if value.ndim), 1)
+    """How many samples a feed holds: the leading dimension of its first tensor with elements."""
+    return next((len(value) for value in feed.values() if value.ndim and value.size), 1)
 
 
 def _open(model: ir.Model, kind: Kind, error: type[AttnRoundError], **options: Any) -> Forward:
