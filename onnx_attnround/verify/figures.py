@@ -122,8 +122,10 @@ def _sqnr(goal: Goal, found: Verification) -> Figure:
     worst = found.worst_output
     if worst is None or worst.sqnr_db is None:
         raise CalibrationError(f"goal '{goal}': no output is float: choose another goal")
-    told = f"SQNR of output '{worst.name}' is {worst.sqnr_db:.2f} dB"
-    return Figure(told=told, excess=10 ** (((goal.bound or 0.0) - worst.sqnr_db) / 10))
+    error = worst.sqnr_error_db or 0.0
+    spread = f" ± {error:.2f}" if error else ""
+    told = f"SQNR of output '{worst.name}' is {worst.sqnr_db:.2f}{spread} dB"
+    return Figure(told=told, excess=10 ** (((goal.bound or 0.0) - worst.sqnr_db + error) / 10))
 
 
 def _metric(goal: Goal, expected: float, got: float) -> Figure:

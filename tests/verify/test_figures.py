@@ -71,6 +71,16 @@ def test_agreement_is_that_of_the_worst_output() -> None:
     assert not reading.reached
 
 
+def test_an_sqnr_reaches_a_bound_by_its_standard_error() -> None:
+    goal = Goal(kind="sqnr", bound=30.0)
+    few, many = (
+        figure(goal, found(outputs=(output(sqnr_db=31.0, sqnr_error_db=error),)), None)
+        for error in (2.0, 0.5)
+    )
+    assert not few.reached and many.reached
+    assert "31.00 ± 2.00 dB" in few.told
+
+
 def test_the_excess_of_an_sqnr_is_a_ratio_of_powers() -> None:
     reading = figure(Goal(kind="sqnr", bound=33.0), found(outputs=(output(),)), None)
     assert reading.excess == pytest.approx(10**0.3)
