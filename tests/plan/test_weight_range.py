@@ -35,8 +35,8 @@ def limits(**options: Any) -> list[int | None]:
         ({"act_bits": 4}, [64, None, None, 64]),
         ({"act_bits": 16}, [None] * 4),
         ({"act_bits": 32}, [None] * 4),
-        ({"target": "ort-arm"}, [64, None, 64, 64]),
-        *(({"target": target}, [None] * 4) for target in ("tensorrt", "qnn")),
+        *(({"target": target}, [64, None, 64, 64]) for target in ("ort-arm", "qnn")),
+        ({"target": "tensorrt"}, [None] * 4),
     ],
 )
 def test_the_limit_follows_from_the_codes_of_the_activations(
