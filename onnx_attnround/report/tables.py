@@ -129,7 +129,7 @@ def kernels(found: Verification) -> Rows:
     first, rest = found.kernels[:KERNELS], found.kernels[KERNELS:]
     rows = [(each.op_type, each.float_ms, each.quantised_ms) for each in first]
     if rest:
-        rows.append((f"{len(rest)} others", *_sums(rest)))
+        rows.append((f"{len(rest)} other{'s' if len(rest) > 1 else ''}", *_sums(rest)))
     rows.append(("all", *_sums(found.kernels)))
     return Rows(
         ("kind of node", ">float ms", ">quantised ms"),

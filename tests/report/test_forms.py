@@ -136,7 +136,7 @@ def test_a_page_tells_where_the_time_goes(result: QuantizeResult) -> None:
     told = " ".join(" ".join(Text(run_page(result)).words).split())
     assert "Where the time goes" in told
     assert "QLinearConv 4.5 Small0" in told
-    assert "Small7 0.125 0.0625 1 others 0.125 0.0625 all 8.12 5.06" in told
+    assert "Small7 0.125 0.0625 1 other 0.125 0.0625 all 8.12 5.06" in told
     nothing = replace(result, verification=replace(result.verification, kernels=()))
     assert "Where the time goes" not in run_page(nothing)
 
