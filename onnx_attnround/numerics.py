@@ -14,6 +14,9 @@ TINY = 1e-30
 A normal float32, as is its inverse; float32 activations of any use have larger powers.
 """
 
+SURE = 2.0
+"""The standard errors beyond which a difference counts."""
+
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 

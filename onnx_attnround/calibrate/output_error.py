@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import outputs_of_shares, raise_opset
-from onnx_attnround.numerics import TINY, golden_places
+from onnx_attnround.numerics import SURE, TINY, golden_places
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams
 from onnx_attnround.runtime.session import open_session, run_on_samples
@@ -62,11 +62,8 @@ Levels = tuple[float, float, float]
 WIDTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Candidates for ranges: how far they go from what an observer finds to the extrema."""
 
-SURE = 2.0
-"""The standard errors within which the error of a candidate is taken to lie, ..."""
-
 LEAST_JUDGED = 8
-"""... once it was judged on so many samples."""
+"""The samples that a candidate is judged on at least, before its standard error counts."""
 
 WORTH = 0.05
 """What a candidate must be able to take off the logarithm of the error to be judged further."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from onnx_attnround.numerics import SURE
+
 Matched = Literal["name", "weights", "order"]
 """How a layer of a quantised file was found in the float model."""
 
@@ -17,12 +19,8 @@ They are given for evaluation, or kept apart from those for calibration, or they
 calibration samples themselves, to which ranges and weights were fitted.
 """
 
-
 QUARTILES = 1.349
 """The distance between the quartiles of a normal distribution of deviation 1."""
-
-SURE = 2.0
-"""Standard errors beyond which a difference counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
