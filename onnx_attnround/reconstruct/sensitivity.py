@@ -14,7 +14,7 @@ and no walk is needed (:func:`errors_alone`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -77,11 +77,6 @@ def layer_errors(
     first = {node: group[0] for node, group in readers_of(plan.layers).items()}
     layers = [each for each in plan.layers if first[each.node] is each]  # one reader of a weight
     probe = _Probe(model, plan.layers, samples, config)
-    errors: dict[str, Mapping[int, float]] = {}
-
-    def take_up(index: int, costs: Mapping[int, float]) -> str:
-        errors[layers[index].node] = costs
-        return layers[index].node
 
     with walking(model, None, layers, samples, config) as walk:
 
@@ -91,8 +86,7 @@ def layer_errors(
                 moments = moments_of(layer, walk.inputs(index), samples.count, None)
                 return _costs(layer, moments, probe, config)
 
-        Units(run, "measure", len(layers)).walk(walk.advance, make, take_up)
-    return {node: errors[layer.node] for node, layer in first.items()}
+        return _of_readers(run, first, layers, walk.advance, make)
 
 
 def errors_alone(
@@ -111,16 +105,31 @@ def errors_alone(
     count = min(max(PASSES * samples.count // len(layers), LEAST_SAMPLES), PROBE_SAMPLES)
     parts = samples.split(count)
     probe = _Probe(model, plan.layers, samples if parts is None else parts[1], config)
-    errors: dict[str, Mapping[int, float]] = {}
 
     def make(index: int) -> Mapping[int, float]:
         return {bits: probe.error(layers[index], roundings[layers[index].node])}
+
+    return _of_readers(run, first, layers, lambda index: None, make)
+
+
+def _of_readers(
+    run: Run,
+    first: Mapping[str, LayerPlan],
+    layers: Sequence[LayerPlan],
+    advance: Callable[[int], None],
+    make: Callable[[int], Mapping[int, float]],
+) -> LayerErrors:
+    """What ``make`` finds of ``layers``, for all nodes that read their weights.
+
+    ``first`` has the layer that stands for each node.
+    """
+    errors: dict[str, Mapping[int, float]] = {}
 
     def take_up(index: int, costs: Mapping[int, float]) -> str:
         errors[layers[index].node] = costs
         return layers[index].node
 
-    Units(run, "measure", len(layers)).walk(lambda index: None, make, take_up)
+    Units(run, "measure", len(layers)).walk(advance, make, take_up)
     return {node: errors[layer.node] for node, layer in first.items()}
 
 
