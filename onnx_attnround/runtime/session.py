@@ -142,10 +142,10 @@ def open_session(
         options.register_custom_ops_library(library)
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if signed_activations:  # whose kernels are exact by themselves
+    if signed_activations:
         options.add_session_config_entry("session.qdqisint8allowed", "1")
-    elif exact_sums:
-        options.add_session_config_entry(EXACT_SUMS, "1")
+    asked = exact_sums and not signed_activations  # whose kernels are exact by themselves
+    options.add_session_config_entry(EXACT_SUMS, "1" if asked else "0")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimised_model is not None:
@@ -181,6 +181,8 @@ def _session(
     except (MissingKernel, Fail):
         # With the option, ONNX Runtime has no operators on signed codes, which are exact
         # without it, and cannot give several readers of one weight its codes without signs.
+        if options.get_session_config_entry(EXACT_SUMS) == "0":
+            raise
         options.add_session_config_entry(EXACT_SUMS, "0")
         session = ort.InferenceSession(source, options, providers=providers)
     if (wanted := providers[0][0]) not in session.get_providers():  # it falls back in silence
