@@ -154,6 +154,10 @@ class Latency:
         """Whether the quantised model is slower, beyond what noise makes of equal speeds."""
         return self.speedup + SURE * self.error < 1
 
+    def faster_than(self, bound: float) -> bool:
+        """Whether ``speedup`` is above ``bound``, beyond noise."""
+        return self.speedup - SURE * self.error > bound
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelTime:
