@@ -101,6 +101,12 @@ class QuantConfig(Settings):
         "Bits of tables that are looked up, such as embeddings: 8, with a scale for each row; 4, "
         "with one for each 32 entries; 32 leaves them float",
     )
+    stored_bits: Annotated[Literal[8, 32], _WHOLE] = _key(
+        _BITS,
+        8,
+        "Bits in the file of weights that are read as floats: of LSTM, GRU and RNN, and of layers "
+        "in the bodies of If, Loop and Scan; 8, with a scale for each output, or 32",
+    )
     layer_bits: dict[str, Bits] = _key(
         _BITS, dict, "Bits of single layers, by the name of the node or a glob of names"
     )

@@ -135,7 +135,8 @@ class QuantPlan:
     integer and float nodes alike, to the names of the former; ``skipped`` maps the
     name of a node left in float to the reason, ``unblocked`` that of a layer to why
     it has no blocks of scales. ``tables`` holds the bits of the tables that are
-    quantised, by the names of the nodes that look them up.
+    quantised, by the names of the nodes that look them up; ``stored`` the names of weights that
+    are integers in the file and floats where they are read, by the names of the readers.
     """
 
     target: Target
@@ -146,6 +147,7 @@ class QuantPlan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     unblocked: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
+    stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def dynamic(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from onnx_attnround.pipeline.activations import (
 )
 from onnx_attnround.pipeline.log import log_notes, logged
 from onnx_attnround.pipeline.memory_limit import within_limit
-from onnx_attnround.pipeline.notes import few_rows, larger_note, taken, unblocked
+from onnx_attnround.pipeline.notes import few_rows, larger_note, stored_note, taken, unblocked
 from onnx_attnround.pipeline.open_inputs import (
     check_samples,
     keep_apart,
@@ -265,6 +265,7 @@ def make(run: Run, prepared: Prepared) -> QuantizeResult:
         roundings = _round(run, prepared, allocation)
     roundings, params, blocks = _refine(run, prepared, roundings)
     run.notes += unblocked(plan, roundings, config.block_size)
+    run.notes += stored_note(plan)
     with run.stage("write"):
         quantised, notes = written(prepared, params, roundings, config, allocation)
         run.notes += notes

@@ -12,6 +12,9 @@ from onnx_attnround.ops import matrix_shape
 from onnx_attnround.records import LayerPlan, LayerRounding, QuantPlan
 from onnx_attnround.verify import Verification
 
+NAMED = 3
+"""The nodes that a note tells by name."""
+
 _LINEAR = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -71,6 +74,16 @@ def unblocked(
         if size is not None and rounding.spec.block_size is None:
             nodes.setdefault(plan.unblocked.get(node, "too many bits for them"), []).append(node)
     return [f"no blocks of {size}, {why}: {', '.join(names)}" for why, names in nodes.items()]
+
+
+def stored_note(plan: QuantPlan) -> Iterator[str]:
+    """A note on weights that are integers in the file alone, if there are any."""
+    if nodes := list(plan.stored):
+        more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+        yield (
+            "weights stored in 8 bits and read as floats, in recurrent nodes or in subgraphs: "
+            f"{', '.join(nodes[:NAMED])}{more}; `stored_bits` = 32 leaves them as they are"
+        )
 
 
 def taken(run: Run) -> Iterator[str]:

@@ -19,6 +19,7 @@ from onnx_attnround.plan.dynamic import check_dynamic
 from onnx_attnround.plan.layers import find_layers, is_weighted, mark_ends
 from onnx_attnround.plan.patterns import chosen, node_names, tensor_names
 from onnx_attnround.plan.scale_groups import check_blocks, with_blocks
+from onnx_attnround.plan.stored import find_stored
 from onnx_attnround.plan.tables import find_tables
 from onnx_attnround.plan.weight_range import with_limits
 from onnx_attnround.records import QuantPlan, QuantSpec
@@ -38,7 +39,8 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
     _check_patterns(model, config, target)
     layers, skipped = find_layers(model, config, target)
     tables, kept = find_tables(model, config, target)
-    if not layers:
+    stored = find_stored(model, config, target)
+    if not layers and not stored:
         reasons = "; ".join(f"{node}: {why}" for node, why in list(skipped.items())[:3])
         raise ModelError(
             "nothing to quantise: the model has no Conv, ConvTranspose, Gemm or MatMul with a "
@@ -60,9 +62,10 @@ def make_plan(model: ir.Model, config: QuantConfig, *, quantise_activations: boo
         activations=activations,
         same_range=same_range,
         shared=shared,
-        skipped={**skipped, **kept},
+        skipped={node: why for node, why in (skipped | kept).items() if node not in stored},
         unblocked=unblocked,
         tables=tables,
+        stored=stored,
     )
 
 

@@ -14,6 +14,7 @@ from onnx_attnround.graph import least_ir_version, name_nodes, only_reader, rais
 from onnx_attnround.ops import clip_bounds, clipped_line
 from onnx_attnround.qdq.arithmetic import quantize
 from onnx_attnround.qdq.storage import activation_type, code_type, required_opset
+from onnx_attnround.qdq.stored import store_weights
 from onnx_attnround.qdq.tables import quantize_tables
 from onnx_attnround.records import (
     MATRIX_OPS,
@@ -52,6 +53,7 @@ def insert(
         writer.add_activation(name)
     writer.remove_unused_initializers()
     quantize_tables(out, plan.tables)
+    store_weights(out, plan.stored)
     out.graph.sort()
     name_nodes(out)  # a model that is quantised in part may have nodes of the same names
     out.ir_version = min(out.ir_version, least_ir_version(out))  # so that old runtimes read it

@@ -89,6 +89,7 @@ def plans_dict(
                 "layers": [_planned(layer, allocation) for layer in plan.layers],
                 "activations": {name: spec.bits for name, spec in plan.activations.items()},
                 "tables": dict(plan.tables),
+                "stored": {node: list(names) for node, names in plan.stored.items()},
                 "skipped": dict(plan.skipped),
                 "without_blocks": dict(plan.unblocked),
             }

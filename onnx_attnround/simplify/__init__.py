@@ -26,6 +26,7 @@ from onnx_attnround.simplify.hard_sigmoid import (
 )
 from onnx_attnround.simplify.layer_bias import give_own_bias
 from onnx_attnround.simplify.matmul_bias import fold_matmul_bias
+from onnx_attnround.simplify.moved_constants import fold_moved_constants
 from onnx_attnround.simplify.onnxsim_pass import run_onnxsim
 from onnx_attnround.simplify.tidy import (
     drop_defaults,
@@ -51,6 +52,7 @@ _PASSES: dict[str, Callable[[ir.Model], int]] = {
     "lift-constants": lift_constants,
     "drop-identities": drop_identities,
     "drop-defaults": drop_defaults,
+    "fold-moved-constants": fold_moved_constants,
     "fold-matmul-bias": fold_matmul_bias,
     "fold-gemm-scale": fold_gemm_scale,
     "fold-batch-norm": fold_batch_norm,
@@ -68,7 +70,7 @@ def simplify(model: ir.Model) -> tuple[ir.Model, list[str]]:
     """An equivalent model with fewer nodes, and a line on each pass that had work or failed.
 
     Inputs and outputs keep names, types and dimensions; inputs with a default
-    value become constants. Subgraphs are tidied, but nothing in them is folded.
+    value become constants. Subgraphs are tidied; nothing in them is folded but moved constants.
 
     Raises:
         ModelError: a function of the model cannot be inlined.
