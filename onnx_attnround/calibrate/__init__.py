@@ -37,11 +37,14 @@ class Calibration:
 
     ``left_out`` maps tensors to the share of their elements that are NaN or infinite, and
     which no range can hold. ``error`` is that of the outputs where all these tensors are
-    rounded, as ``ChosenRanges`` has it; NaN where it was not measured.
+    rounded, as ``ChosenRanges`` has it; NaN where it was not measured. Between the ``observed``
+    parameters and those of the ``extrema`` lie what was chosen; none where there was no choice.
     """
 
     stats: Mapping[str, TensorStats]
     params: Mapping[str, QuantParams]
+    observed: Mapping[str, QuantParams] = field(default_factory=dict)
+    extrema: Mapping[str, QuantParams] = field(default_factory=dict)
     left_out: Mapping[str, float] = field(default_factory=dict)
     error: float = math.nan
 
@@ -87,7 +90,7 @@ def calibrate(
         root: params_from_range(spec, *watches[root].range(spec, limits.get(root, FREE)))
         for root, spec in specs.items()
     }
-    error = math.nan
+    seen, extrema, error = params, dict[str, QuantParams](), math.nan
     # Ranges of the least error are judged at the outputs against wider ones; extrema have none.
     if specs and config.observer != "minmax":
         extrema = {
@@ -96,9 +99,15 @@ def calibrate(
         }
         chosen_ranges = choose_ranges(model, params, extrema, samples, config)
         params, error = chosen_ranges.params, chosen_ranges.error
+
+    def for_all(found: Mapping[str, QuantParams]) -> dict[str, QuantParams]:
+        return {name: found[root] for name, root in roots.items() if root in found}
+
     return Calibration(
         stats={root: watch.observer.stats(root) for root, watch in watches.items()},
-        params={name: params[root] for name, root in roots.items() if root in specs},
+        params=for_all(params),
+        observed=for_all(seen if extrema else {}),
+        extrema=for_all(extrema),
         left_out={
             root: watch.left_out
             for root, watch in watches.items()

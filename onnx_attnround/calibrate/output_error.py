@@ -244,13 +244,15 @@ class Judged:
         self.grids = grids
         self.batches = self.samples = self.lost = 0
         self._errors: list[list[Array]] = [[] for _ in range(outputs)]
+        self._weights: list[list[Array]] = [[] for _ in range(outputs)]
 
-    def add(self, found: Sequence[tuple[Array, int]], samples: int) -> None:
-        """Take in the errors and lost extremes of each output, of one batch of ``samples``."""
+    def add(self, found: Sequence[Compared], samples: int) -> None:
+        """Take in what was found of each output, of one batch of ``samples``."""
         self.batches, self.samples = self.batches + 1, self.samples + samples
-        for kept, (errors, lost) in zip(self._errors, found, strict=True):
-            kept.append(errors)
-            self.lost += lost
+        for errors, weights, each in zip(self._errors, self._weights, found, strict=True):
+            errors.append(each.errors)
+            weights.append(each.weights)
+            self.lost += each.lost
 
     @property
     def errors(self) -> list[Array]:
@@ -267,23 +269,31 @@ class Judged:
         """How many extremes are lost, and the error; less is better.
 
         The error is the mean of the logarithms (base e) of those of samples and outputs, so that
-        no single hard sample decides.
+        no single hard sample decides, weighted by what they have of the signal.
         """
-        logs = self._logs
-        return self.lost, float(logs.mean()) if logs.size else 0.0
+        logs, weights = self._logs
+        return self.lost, float(np.average(logs, weights=weights)) if logs.size else 0.0
 
     def may_beat(self, other: Judged) -> bool:
         """Whether the error may be less by ``WORTH`` on more samples, compared one by one."""
-        less = other._logs - self._logs
+        logs, weights = self._logs
+        less = other._logs[0] - logs
         if self.samples < LEAST_JUDGED or not less.size:
             return True
-        spread = SURE * float(less.std()) / math.sqrt(self.samples)
-        return float(less.mean()) + spread >= WORTH
+        mean = float(np.average(less, weights=weights))
+        variance = float(np.average(np.square(less - mean), weights=weights))
+        counted = self.samples * weights.mean() ** 2 / np.square(weights).mean()
+        return mean + SURE * math.sqrt(variance / counted) >= WORTH
 
     @property
-    def _logs(self) -> Array:
-        errors = self.errors
-        return np.log(NEGLIGIBLE + np.concatenate(errors)) if errors else np.zeros(0)
+    def _logs(self) -> tuple[Array, Array]:
+        """The logarithms of the errors of all outputs in a row, and their weights."""
+        if not self._errors:
+            return np.zeros(0), np.zeros(0)
+        errors, weights = (
+            np.concatenate([*chain(*each)]) for each in (self._errors, self._weights)
+        )
+        return np.log(NEGLIGIBLE + errors), weights if weights.any() else np.ones_like(weights)
 
 
 _GRIDS = ("attnround/scale", "attnround/low", "attnround/high")
@@ -356,6 +366,18 @@ def _with_dynamic_ranges(model: ir.Model, names: Collection[str]) -> ir.Model:
     return model
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What was found of one output in a batch: the error and weight of each sample ``[n]``.
+
+    ``lost`` is how many extremes of slices are lost.
+    """
+
+    errors: Array
+    weights: Array
+    lost: int
+
+
 class Slices:
     """The slices of one output along each axis of moderate length, as the float model gives them.
 
@@ -375,22 +397,24 @@ class Slices:
             _Along.of(self._sliced(joined, axis), largest, one_kind) for axis in self._axes
         ]
 
-    def compare(self, batch: int, values: Array) -> tuple[Array, int]:
-        """The error of each sample of a batch, and how many extremes of slices are lost in it.
+    def compare(self, batch: int, values: Array) -> Compared:
+        """What is found in a batch; where the shape is another, each sample has the error 1.
 
-        Where the shape is another, each sample has the error 1.
+        A sample weighs by its share of the signal, as the mean over slices: those of a detector
+        with nothing on them tell little of its scores.
         """
         wanted, got = self.expected[batch], self._rows(values)
         if got.shape != wanted.shape:
-            return np.ones(len(wanted)), 0
+            return Compared(np.ones(len(wanted)), np.ones(len(wanted)), 0)
         if not wanted.size:
-            return np.zeros(len(wanted)), 0
-        found, lost = [], 0
+            return Compared(np.zeros(len(wanted)), np.zeros(len(wanted)), 0)
+        errors, weights, lost = [], [], 0
         for axis, along in zip(self._axes, self._along, strict=True):
             expected, other = self._sliced(wanted, axis), self._sliced(got, axis)
-            found.append(along.errors(expected, other))
+            errors.append(along.errors(expected, other))
+            weights.append(along.weights(expected))
             lost += along.lost(other, int(self._first[batch]))
-        return np.mean(found, 0), lost
+        return Compared(np.mean(errors, 0), np.mean(weights, 0), lost)
 
     def _rows(self, values: Array) -> Array:
         """Samples ``[n, ...]``, float64; where shapes change, all elements in a row."""
@@ -443,6 +467,12 @@ class _Along:
         shares = noise.sum(2) / self.powers + (noise * expected**2).sum(2) / self.squares
         errors: Array = shares[:, self.counted].sum(1) / (2 * max(int(self.counted.sum()), 1))
         return errors
+
+    def weights(self, expected: Array) -> Array:
+        """The power of each sample ``[n]`` over the mean: mean over the slices that count."""
+        shares = np.square(expected).sum(2) / self.powers
+        weights: Array = shares[:, self.counted].sum(1) / max(int(self.counted.sum()), 1)
+        return weights
 
     def lost(self, got: Array, first: int) -> int:
         """How many extremes keep less than ``KEPT`` of their distance from the mean.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from onnx_attnround.calibrate.float_tensors import (
     FloatTensors,
     find_float_tensors,
 )
-from onnx_attnround.calibrate.output_error import JUDGED_SAMPLES
+from onnx_attnround.calibrate.output_error import JUDGED_SAMPLES, choose_ranges
 from onnx_attnround.checkpoint import TAKEN
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.context import Run
@@ -78,24 +78,48 @@ def with_float_tensors(
     floats = plan.target.placement != "everything"
     if samples is None or config.float_tensors == "never" or config.act_bits != 8 or not floats:
         return model, plan, ranges, ()
-    found: FloatTensors | None = run.checkpoint.get("float")
-    if found is None:
-        accurate = ranges.error < ACCURATE  # as it was measured while ranges were chosen
-        found = FloatTensors()
-        if not accurate:
-            found = find_float_tensors(model, plan, ranges.params, samples, config)
-        run.checkpoint.put(found, "float")
-    if not found.tensors:
-        return model, plan, ranges, ()
-    bits = dict.fromkeys(found.tensors, 32) | config.activation_bits
-    changed = config.model_copy(update={"activation_bits": bits})
-    parted, new = plan_parted(model, changed, quantise_activations=True)
-    kept = {name: _params_of(parted, name, ranges) for name in new.activations}
-    if None in kept.values():  # the new plan rounds what was not observed
+    kept: tuple[FloatTensors, dict[str, QuantParams]] | None = run.checkpoint.get("float")
+    if kept is None:
+        kept = _float_tensors(model, plan, ranges, samples, config)
+        run.checkpoint.put(kept, "float")
+    found, params = kept
+    if not params:
         return model, plan, ranges, ()
     run.notes.append(found.note)
-    params = {name: params for name, params in kept.items() if params is not None}
-    return parted, new, replace(ranges, params=params), found.tensors
+    return *_without(model, config, found.tensors), replace(ranges, params=params), found.tensors
+
+
+def _without(
+    model: ir.Model, config: QuantConfig, tensors: Collection[str]
+) -> tuple[ir.Model, QuantPlan]:
+    """Model and plan with these tensors in float."""
+    bits = dict.fromkeys(tensors, 32) | config.activation_bits
+    changed = config.model_copy(update={"activation_bits": bits})
+    return plan_parted(model, changed, quantise_activations=True)
+
+
+def _float_tensors(
+    model: ir.Model, plan: QuantPlan, ranges: Calibration, samples: Samples, config: QuantConfig
+) -> tuple[FloatTensors, dict[str, QuantParams]]:
+    """Which tensors stay float, and the parameters of the others; none where all are rounded.
+
+    The ranges of the others are chosen again: what stays float now has drowned what they cost.
+    """
+    none = FloatTensors(), dict[str, QuantParams]()
+    if ranges.error < ACCURATE:  # as it was measured while ranges were chosen
+        return none
+    found = find_float_tensors(model, plan, ranges.params, samples, config)
+    if not found.tensors:
+        return none
+    parted, new = _without(model, config, found.tensors)
+    params = _params_of(parted, new, ranges.params)
+    if not params or not ranges.extrema:  # the new plan rounds what was not observed, or no choice
+        return found, params
+    observed, extrema = (
+        new.own(_params_of(parted, new, each)) for each in (ranges.observed, ranges.extrema)
+    )
+    chosen = choose_ranges(parted, observed, extrema, samples, config)
+    return found, _params_of(parted, new, chosen.params)
 
 
 def with_dynamic_ranges(
@@ -155,12 +179,24 @@ def _chosen(
     return found
 
 
-def _params_of(model: ir.Model, name: str, ranges: Calibration) -> QuantParams | None:
-    """The parameters of a tensor, or of what an Identity makes it from."""
-    found = ranges.params.get(name)
-    if found is not None:
-        return found
-    made = next((node for node in model.graph if name in (v.name for v in node.outputs)), None)
-    if made is None or made.op_type != "Identity" or made.inputs[0] is None:
-        return None
-    return _params_of(model, made.inputs[0].name or "", ranges)
+def _params_of(
+    model: ir.Model, plan: QuantPlan, params: Mapping[str, QuantParams]
+) -> dict[str, QuantParams]:
+    """The parameters of the activations of ``plan``; none where one was not observed.
+
+    A tensor that has none has those of what it is a copy of, or whose codes it moves.
+    """
+    makers = {value.name: node for node in model.graph for value in node.outputs}
+
+    def found(name: str) -> QuantParams | None:
+        if name in params:
+            return params[name]
+        if name in plan.same_range:
+            return found(plan.same_range[name])
+        node = makers.get(name)
+        source = node.inputs[0] if node is not None and node.op_type == "Identity" else None
+        return None if source is None else found(source.name or "")
+
+    of_all = {name: found(name) for name in plan.activations}
+    known = {name: each for name, each in of_all.items() if each is not None}
+    return known if len(known) == len(of_all) else {}

@@ -126,7 +126,7 @@ def test_a_faint_row_counts_by_the_rows_of_its_picture_and_a_score_by_scores() -
     def error(expected: Array, index: int) -> float:
         got = expected.copy()
         got[:, index] += 0.01
-        return float(Slices([expected]).compare(0, got)[0].mean())
+        return float(Slices([expected]).compare(0, got).errors.mean())
 
     assert error(picture, 4) < 2 * error(picture, 0)
     boxes = picture.copy()
@@ -140,7 +140,7 @@ def test_all_rows_of_shares_are_of_one_kind() -> None:
     masks[:, 4] *= 1e-3
     got = masks + 1e-3 * (np.arange(5) == 4)[None, :, None]
     apart, together = (
-        float(Slices([masks], one_kind=one).compare(0, got)[0].mean()) for one in (False, True)
+        float(Slices([masks], one_kind=one).compare(0, got).errors.mean()) for one in (False, True)
     )
     assert apart > 0.1
     assert together < 1e-5
@@ -153,7 +153,7 @@ def test_a_score_that_loses_a_third_is_lost(kept: float, lost: int) -> None:
     expected[3, 2, 7] = 0.9
     got = expected.copy()
     got[3, 2, 7] = 0.9 * kept
-    assert Slices([expected]).compare(0, got)[1] == lost
+    assert Slices([expected]).compare(0, got).lost == lost
 
 
 def judged_alone(rounded: RoundedModel, candidates: list[dict[str, QuantParams]]) -> int:
@@ -206,5 +206,5 @@ def test_outputs_without_elements_are_not_judged() -> None:
 
 def test_a_batch_in_which_nothing_is_found_has_no_error() -> None:
     slices = Slices([np.ones(3, np.float32), np.ones(0, np.float32)])
-    errors, lost = slices.compare(1, np.ones(0, np.float32))
-    assert (len(errors), lost) == (0, 0)
+    found = slices.compare(1, np.ones(0, np.float32))
+    assert (len(found.errors), found.lost) == (0, 0)
