@@ -28,7 +28,13 @@ ACCURATE = 1e-3
 """Error of each output below which nothing needs to be done: 30 dB."""
 
 SHARE = 0.15
-"""Of the work of all layers, at most so much is left to those around tensors in float."""
+"""Of the work of all layers, at most so much is left to those around tensors in float, ..."""
+
+POOR = -20.0
+"""... unless the error at the outputs is still above this, in dB, ..."""
+
+SHARE_OF_POOR = 0.35
+"""... and then so much."""
 
 LEAST_DB = 0.5
 """What must be taken off the error, in dB, to leave anything in float, ..."""
@@ -162,14 +168,17 @@ def by_worth(
 def _greedy(probe: RoundedModel, params: Mapping[str, QuantParams], work: _Work) -> Iterator[str]:
     """Tensors, the one first that saves most for its work, while that is worth it."""
     whole = probe.errors(params)
-    waiting, _ = _parts(probe, params, whole, [n for n in params if work.share([n]) <= SHARE])
+    waiting, _ = _parts(
+        probe, params, whole, [n for n in params if work.share([n]) <= SHARE_OF_POOR]
+    )
     left, chosen = _all_of(whole, waiting), list[str]()
     while waiting:
         part, rate = _best(left, waiting, work, chosen)
         if rate < WORTH_DB * 100:
             return
         error = waiting.pop(part)
-        if work.share([*chosen, *part]) <= SHARE:
+        most = SHARE_OF_POOR if _decibels(left) > POOR else SHARE
+        if work.share([*chosen, *part]) <= most:
             left = _less(left, error)
             chosen += part
             yield from part

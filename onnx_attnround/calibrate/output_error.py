@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.graph import outputs_of_shares, raise_opset
-from onnx_attnround.numerics import SURE, TINY, golden_places
+from onnx_attnround.numerics import SURE, TINY
 from onnx_attnround.qdq.arithmetic import params_from_range
 from onnx_attnround.records import Array, QuantParams
 from onnx_attnround.runtime.session import open_session, run_on_samples
@@ -210,8 +210,10 @@ class RoundedModel:
 
     @property
     def _order(self) -> list[int]:
-        """The batches, any first few of them spread over all."""
-        return [int(at) for at in golden_places(0, len(self._feeds)).argsort().argsort()]
+        """The batches, those first that weigh most."""
+        batches = range(len(self._feeds))
+        weights = [sum(each.weights[at].sum() for each in self._slices) for at in batches]
+        return [int(at) for at in np.argsort(weights, kind="stable")[::-1]]
 
     def _judge(self, judged: Judged, batch: int) -> None:
         """Run what is judged on one more batch."""
@@ -396,25 +398,32 @@ class Slices:
         self._along = [
             _Along.of(self._sliced(joined, axis), largest, one_kind) for axis in self._axes
         ]
+        self.weights = [self._weights(rows) for rows in self.expected]
 
     def compare(self, batch: int, values: Array) -> Compared:
-        """What is found in a batch; where the shape is another, each sample has the error 1.
-
-        A sample weighs by its share of the signal, as the mean over slices: those of a detector
-        with nothing on them tell little of its scores.
-        """
-        wanted, got = self.expected[batch], self._rows(values)
+        """What is found in a batch; where the shape is another, each sample has the error 1."""
+        wanted, got, weights = self.expected[batch], self._rows(values), self.weights[batch]
         if got.shape != wanted.shape:
-            return Compared(np.ones(len(wanted)), np.ones(len(wanted)), 0)
+            return Compared(np.ones(len(wanted)), weights, 0)
         if not wanted.size:
-            return Compared(np.zeros(len(wanted)), np.zeros(len(wanted)), 0)
-        errors, weights, lost = [], [], 0
+            return Compared(np.zeros(len(wanted)), weights, 0)
+        errors, lost = [], 0
         for axis, along in zip(self._axes, self._along, strict=True):
             expected, other = self._sliced(wanted, axis), self._sliced(got, axis)
             errors.append(along.errors(expected, other))
-            weights.append(along.weights(expected))
             lost += along.lost(other, int(self._first[batch]))
-        return Compared(np.mean(errors, 0), np.mean(weights, 0), lost)
+        return Compared(np.mean(errors, 0), weights, lost)
+
+    def _weights(self, rows: Array) -> Array:
+        """The share of each sample ``[n]`` of the signal, times their number: mean over slices.
+
+        Samples of a detector with nothing on them tell little of its scores.
+        """
+        if not rows.size:
+            return np.zeros(len(rows))
+        along = zip(self._axes, self._along, strict=True)
+        weights: Array = np.mean([each.weights(self._sliced(rows, at)) for at, each in along], 0)
+        return weights
 
     def _rows(self, values: Array) -> Array:
         """Samples ``[n, ...]``, float64; where shapes change, all elements in a row."""

@@ -36,7 +36,7 @@ TRIED = 10
 TOLD = 5
 """The most costly ones, which are named."""
 
-SAMPLES = 16
+SAMPLES = 6
 """Samples that a trial is measured on."""
 
 Key = Literal["exclude", "layer_bits", "activation_bits"]

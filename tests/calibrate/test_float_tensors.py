@@ -10,9 +10,11 @@ import pytest
 from small_models import build
 
 from onnx_attnround import quantize
+from onnx_attnround.calibrate import float_tensors
 from onnx_attnround.calibrate.float_tensors import by_worth
-from onnx_attnround.calibrate.output_error import RoundedModel
+from onnx_attnround.calibrate.output_error import ChosenRanges, RoundedModel, choose_ranges
 from onnx_attnround.graph import input_specs
+from onnx_attnround.pipeline import activations
 from onnx_attnround.records import Array
 from onnx_attnround.samples import open_samples
 
@@ -84,6 +86,23 @@ def test_a_fragile_stem_stays_float(rounded: Any) -> None:
     assert gained > 3
 
 
+def test_the_ranges_of_the_others_are_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stays float has drowned what they cost."""
+    made: list[ChosenRanges] = []
+
+    def choose(*given: Any) -> ChosenRanges:
+        made.append(choose_ranges(*given))
+        return made[-1]
+
+    monkeypatch.setattr(activations, "choose_ranges", choose)
+    result = converted(fragile=True)
+    (again,) = made
+    assert result.plan.activations.keys() == again.params.keys()
+    assert {name: found.scale for name, found in result.ranges.params.items()} == {
+        name: found.scale for name, found in again.params.items()
+    }
+
+
 def test_never_means_never(rounded: Any) -> None:
     assert not note_of(rounded)
     assert "q" in rounded.plan.activations
@@ -112,3 +131,20 @@ def test_a_row_of_float_tensors_goes_from_none_to_all() -> None:
     measured = 10 * np.log10(np.exp([alone.error(result.ranges.params), rest.error(without)]))
     assert measured[0] > measured[1]
     assert abs(measured[1] - row[1].float_db) < 3
+
+
+@pytest.mark.parametrize(("poor", "most"), [(-80.0, 0.5), (80.0, 0.01)])
+def test_more_stays_float_while_the_outputs_are_poor(
+    poor: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = converted(fragile=True, float_tensors="never", holdout=0)
+    model, x = model_of(fragile=True)
+    samples = open_samples({"x": x}, input_specs(model))
+    monkeypatch.setattr(float_tensors, "POOR", poor)
+    monkeypatch.setattr(float_tensors, "SHARE", 0.01)
+    monkeypatch.setattr(float_tensors, "SHARE_OF_POOR", 0.5)
+    monkeypatch.setattr(float_tensors, "WORTH_DB", 0.01)
+    given = (model, result.plan, result.ranges.params, samples, result.config)
+    found = float_tensors.find_float_tensors(*given)
+    assert bool(found.tensors) == (most > 0.01)
+    assert found.share <= most

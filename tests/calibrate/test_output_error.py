@@ -92,6 +92,22 @@ def test_large_values_that_decide_an_output_are_kept() -> None:
     assert top(chosen(text, rare(9.0), ["r"])["r"]) > 8.0
 
 
+def test_samples_weigh_by_what_they_have_of_the_signal() -> None:
+    """A range that is finer on many empty samples loses to one that keeps the few full ones."""
+    x = np.random.default_rng(3).random((64, 8)).astype(np.float32) * 0.2
+    x[[20, 50]] *= 40  # up to 8
+    model, samples = opened(PASSES, x)
+    rounded = RoundedModel(model, ["r"], samples, CONFIG)
+    narrow, wide = (
+        {"r": params_from_range(U8, 0.0, share * float(x.max()))} for share in (0.81, 1.0)
+    )
+    finer, coarser = (np.median(rounded.errors(each)[0]) for each in (narrow, wide))
+    assert finer < 0.9 * coarser
+    best, found = rounded.best([narrow, wide])
+    assert best == 1
+    assert found.lost == 0
+
+
 def test_outputs_that_are_no_floats_leave_the_range_of_least_squares() -> None:
     text = "g (float[N,8] x) => (int64[N,1] y) { r = Relu(x)  y = ArgMax<axis=1>(r) }"
     usual = chosen(text, rare(9.0), ["r"])["r"]
