@@ -137,6 +137,7 @@ class QuantPlan:
     it has no blocks of scales. ``tables`` holds the bits of the tables that are
     quantised, by the names of the nodes that look them up; ``stored`` the names of weights that
     are integers in the file and floats where they are read, by the names of the readers.
+    With ``unpacked`` so are those of all layers that compute in float.
     """
 
     target: Target
@@ -148,6 +149,7 @@ class QuantPlan:
     unblocked: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unpacked: bool = False
 
     @property
     def dynamic(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from onnx_attnround.pipeline.activations import plan_parted
 from onnx_attnround.records import BitAllocation, QuantPlan
 from onnx_attnround.samples import Samples
 from onnx_attnround.verify import LONGEST, Latency, float_seconds, measure_speed
+from onnx_attnround.verify.runs import sample_count
 
 LEAST_SECONDS = 2e-4
 """Of a float run of one sample: below, what a run costs to start and noise decide, not kernels."""
@@ -59,7 +60,7 @@ def _judged(run: Run, variant: Variant, samples: Samples) -> dict[str, str]:
         seconds = float_seconds(model, samples)
         if seconds < LEAST_SECONDS:
             return integer
-        batches = _batches(run, seconds)
+        batches = _batches(run, samples, seconds)
         as_planned = _timed(model, variant, samples, batches)
         gains = any(latency.faster_than(1 + MARGIN) for latency in as_planned)
         if gains and not any(latency.slower for latency in as_planned):
@@ -80,18 +81,23 @@ def _judged(run: Run, variant: Variant, samples: Samples) -> dict[str, str]:
     }
 
 
-def _batches(run: Run, seconds: float) -> list[int]:
-    """The batches to time, given the time of a single sample."""
+def _batches(run: Run, samples: Samples, seconds: float) -> list[int]:
+    """The batches to time, as far as the samples make them, given the time of a single one."""
     wide = run.config.speed_batch
-    return [1, wide] if wide > 1 and wide * seconds <= LONGEST else [1]
+    if wide == 1 or wide * seconds > LONGEST or sample_count(next(samples.batches(wide))) == 1:
+        return [1]
+    return [1, wide]
 
 
 def _in_float(run: Run, variant: Variant) -> Variant:
-    """The same with quantised weights alone."""
+    """The same with quantised weights alone, unpacked once: as fast as the float model.
+
+    MatMulNBits, which multiplies by low-bit weights, is slower than that but for few rows.
+    """
     model, _, ranges = variant
     config = run.config.model_copy(update={"act_bits": 32, "activation_bits": {}})
     model, plan = plan_parted(model, config, quantise_activations=True)
-    return model, plan, replace(ranges, params={})
+    return model, replace(plan, unpacked=True), replace(ranges, params={})
 
 
 def _timed(

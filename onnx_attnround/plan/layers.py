@@ -13,6 +13,7 @@ from onnx_attnround.config import QuantConfig
 from onnx_attnround.errors import ModelError
 from onnx_attnround.graph import attributes_of, is_standard
 from onnx_attnround.ops import WEIGHTED_OPS, count_macs
+from onnx_attnround.plan.logarithms import before_logarithms
 from onnx_attnround.plan.patterns import NodeChoice
 from onnx_attnround.records import LayerPlan, QuantSpec
 from onnx_attnround.targets import Target
@@ -24,7 +25,7 @@ def find_layers(
     """The layers, and for the other nodes with weights, by name, the reason why not."""
     layers, skipped = [], {}
     main, choice = set(model.graph), NodeChoice.of(model, config)
-    varying = _varying(model)
+    varying, logged = _varying(model), before_logarithms(model)
     for node in model.graph.all_nodes():
         if node.op_type not in WEIGHTED_OPS or not is_standard(node):
             if why := _unhandled(node):
@@ -33,6 +34,8 @@ def find_layers(
         reason = "inside a subgraph" if node not in main else _refusal(node, choice)
         if reason is None and node.inputs[0] not in varying:
             reason = "its input depends on no input of the model"
+        if reason is None and node in logged and not choice.included:
+            reason = "a logarithm reads what it computes, where small errors of small values count"
         if reason is None:
             layers.append(_layer(node, config, target))
         else:

@@ -18,8 +18,9 @@ _UNPACKED = frozenset({"Conv", "ConvTranspose"})
 def fold_weights(model: ir.Model, plan: QuantPlan) -> None:
     """Write the weights of layers that compute in float so that they are unpacked once, in place.
 
-    Those of matrices stay behind their DequantizeLinear, for MatMulNBits, but where the
-    input comes from codes: with both operands dequantised the layer would run in integer.
+    Those of matrices stay behind their DequantizeLinear, for MatMulNBits, but where the plan
+    wants them unpacked, or the input comes from codes: with both operands dequantised the layer
+    would run in integer.
     """
     if plan.target.runtime != "onnxruntime":
         return
@@ -27,7 +28,7 @@ def fold_weights(model: ir.Model, plan: QuantPlan) -> None:
     for layer in plan.layers:
         node = nodes[layer.node]
         if layer.x not in plan.activations and (
-            layer.op_type in _UNPACKED or _reads_codes(node)
+            plan.unpacked or layer.op_type in _UNPACKED or _reads_codes(node)
         ):
             _fold(model.graph, node)
 
