@@ -1,12 +1,13 @@
 """What quantisation costs on samples that it has not seen: this converter and ONNX Runtime's own.
 
-    python tools/held_out.py MODEL.onnx --calib CALIB.npz --test TEST.npz
+    python tools/held_out.py MODEL.onnx --calib CALIB.npz --test TEST.npz [--rows TEXT,TEXT]
 
 Prints a Markdown table. Rows are ``--method nearest`` and the defaults at W8A8 and W4A8, and
 ``quantize_static`` (QDQ, per channel, uint8 activations, int8 weights, MinMax) and
 ``quantize_dynamic`` of ONNX Runtime. For each float output there is the SQNR on the test samples,
 which nothing else sees, and in brackets what the converter itself printed, from samples that it
-kept apart, with its standard error. Latencies come from runs in turn, in one process.
+kept apart, with its standard error. Latencies come from runs in turn, in one process. ``--rows``
+has the rows whose names contain one of the texts.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main() -> None:
         expected = _outputs(options.model, test)
         print(_row("", [*expected, "size kB", "float / this", "CPU s"]))
         print("|---" + "|--:" * (len(expected) + 3) + "|")
-        for number, (label, make) in enumerate(makers.items()):
+        chosen = {k: v for k, v in makers.items() if any(row in k for row in options.rows)}
+        for number, (label, make) in enumerate(chosen.items()):
             path, start = Path(folder, f"{number}.onnx"), time.process_time()
             try:
                 printed = make(path)
@@ -65,6 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calib", required=True, type=Path)
     parser.add_argument("--test", required=True, type=Path)
     parser.add_argument("--samples", type=int, default=256, help="calibration samples at most")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=[""])
     parser.add_argument("--test-samples", type=int, help="test samples at most")
     return parser.parse_args()
 

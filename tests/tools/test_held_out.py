@@ -43,3 +43,14 @@ def test_a_row_for_each_way_with_what_was_printed_beside_what_is_true(tmp_path: 
         true, printed, error = map(float, re.findall(r"[\d.]+", row[1]))
         assert abs(true - printed) < 3 + 4 * error
     assert float(rows[1][1].split()[0]) > float(rows[3][1].split()[0]) + 6
+
+
+def test_rows_are_chosen_by_their_names(tmp_path: Path) -> None:
+    ir.save(build(CHAIN), tmp_path / "m.onnx")
+    x = np.random.default_rng(0).normal(size=(48, 4, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    command = [sys.executable, TOOL, "m.onnx", "--calib", "x.npz", "--test", "x.npz"]
+    command += ["--rows", "static,nearest W8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]]
+    assert rows == ["nearest W8A8", "`quantize_static`"]
