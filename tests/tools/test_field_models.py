@@ -20,7 +20,7 @@ def photos() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("nsfw", (3, 224, 224)), ("wake", (1, 149, 64)), ("swift", (16000,))]
+    ("name", "shape"), [("nsfw", (224, 224, 3)), ("wake", (1, 149, 64)), ("swift", (16000,))]
 )
 def test_samples_are_the_same_each_time_and_differ_between_parts(
     name: str, shape: tuple[int, ...]
