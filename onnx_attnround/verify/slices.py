@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_attnround.calibrate.output_error import FAINT, LENGTHS, OTHER_KIND
+from onnx_attnround.calibrate.output_slices import FAINT, LENGTHS, OTHER_KIND
 from onnx_attnround.records import Array
 from onnx_attnround.verify.results import Extreme, WorstSlice
 

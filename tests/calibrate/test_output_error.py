@@ -10,7 +10,8 @@ from small_models import build
 
 from onnx_attnround import graph
 from onnx_attnround.calibrate import calibrate
-from onnx_attnround.calibrate.output_error import BATCH, NEGLIGIBLE, RoundedModel, Slices, kinds_of
+from onnx_attnround.calibrate.output_error import BATCH, NEGLIGIBLE, RoundedModel
+from onnx_attnround.calibrate.output_slices import Slices, kinds_of
 from onnx_attnround.config import QuantConfig
 from onnx_attnround.qdq.arithmetic import dequantize, params_from_range, quantize
 from onnx_attnround.records import Array, QuantParams, QuantSpec
