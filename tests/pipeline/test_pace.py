@@ -92,6 +92,16 @@ def test_weights_are_rounded_for_float_activations_with_all_their_codes(clock: C
     assert max(np.abs(each.codes.astype(int)).max() for each in result.roundings.values()) > 64
 
 
+def test_matrices_are_unpacked_once_then_and_not_in_each_run(clock: Clock) -> None:
+    clock(1e-3, {1: 0.5, 16: 0.5}, {1: 1.0, 16: 1.0})
+    net = "net (float[n, 7, 32] x) => (float[n, 7, 16] y) <float[32, 16] w> { y = MatMul (x, w) }"
+    x = np.random.default_rng(0).normal(size=(32, 7, 32)).astype(np.float32)
+    result = quantize(build(net), x, threads=1)
+    kinds = [node.op_type for node in result.model.graph]
+    assert "MatMul" in kinds
+    assert "DequantizeLinear" not in kinds
+
+
 def test_where_nothing_helps_it_stays_in_integer_and_is_told_of(clock: Clock) -> None:
     clock(1e-3, {1: 0.8, 16: 0.9}, {1: 0.75, 16: 0.9})
     result = made()
