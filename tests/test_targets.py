@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from small_models import build, random_feeds, run
+from versions import needs_runtime_1_24
 
 from onnx_attnround import graph, quantize
 from onnx_attnround.config import QuantConfig
@@ -306,6 +307,7 @@ def test_a_fixed_range_takes_the_place_of_the_observed() -> None:
 # --- two bits -----------------------------------------------------------------------------
 
 
+@needs_runtime_1_24
 def test_two_bits_are_stored_in_two_and_run_in_integer(tmp_path: Path) -> None:
     model = net(f"c1 = {CONV}(x, w1, b1) c2 = {CONV}(c1, w2) c3 = {CONV}(c2, w1) y = Relu(c3)",
                 y="float[N,4,h,w] y")  # fmt: skip

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 from qdq_builder import Builder
 from test_saturation import product
+from versions import needs_runtime_1_24
 
 from onnx_attnround import OutputError, QuantConfig, check_model, quantize
 from onnx_attnround.__main__ import main
@@ -292,13 +294,13 @@ CASES = [
          frozenset({"does-not-load"})),
     Case(ORT, "two-bits-that-fill-no-bytes", "y",
          lambda: blocks("INT2", columns=6, activation=False, opset=25, ir_version=13),
-         frozenset({"wrong-output"})),
+         frozenset({"wrong-output", "does-not-load"})),
     Case(ORT, "clipped-low-bit-weights", "p", lambda: clipped("Relu")),
     Case(ORT, "clipped-low-bit-weights", "p", lambda: clipped("Clip")),
     Case(ORT, "blocks-of-eight-bits-under-integer-activations", "y", lambda: blocks("INT8"),
          frozenset({"wrong-output", "does-not-run"})),
     Case(ORT, "zero-point-missing", "y",
-         lambda: conv({}, {"point": None}, op="Gemm", bias="int32")),
+         lambda: conv({}, {"point": None}, op="Gemm", bias="int32"), frozenset({"does-not-run"})),
     Case(ORT, "pairs-beyond-int16", "y", lambda: conv({}, {"highest": 127}, {}, "int32")),
     Case(ORT, "half-full-tiles", "(model)", lambda: product(np.ones((8, 24)))),
     Case(ORT, "operators-on-integers", "(model)", integer_operator),
@@ -394,10 +396,16 @@ def fallen(model: ir.Model, target: Target) -> dict[str, str]:
         (lambda: conv({"dtype": "UINT16"}, {}, {"dtype": "UINT16"}, "none"), "16-bit activations"),
         (lambda: conv({}, {"dtype": "INT4"}, {}, "none"), "no integer kernel for INT4 weights"),
         (lambda: conv({}, {"dtype": "INT16"}, {}, "none"), "no integer kernel for INT16 weights"),
-        (lambda: conv({}, {}, {}, "off"), "its bias is not INT32 with the scale"),
+        pytest.param(
+            lambda: conv({}, {}, {}, "off"), "its bias is not INT32 with the scale",
+            marks=needs_runtime_1_24,
+        ),
         (lambda: conv({}, {}, None, "int32"), "its output is not quantised: it is an output"),
         (lambda: conv(op="Gemm"), "its bias and its output are float"),
-        (lambda: conv({}, {"point": None}, op="Gemm", bias="int32"), "weight has no zero point"),
+        pytest.param(
+            lambda: conv({}, {"point": None}, op="Gemm", bias="int32"), "weight has no zero point",
+            marks=needs_runtime_1_24,
+        ),
         (lambda: blocks("INT4"), "no integer kernel for INT4"),
         (lambda: activated("Relu", 100), "the Relu behind it is not absorbed"),
         (lambda: activated("Sigmoid", 0), "its output is not quantised: it is read by Sigmoid"),
@@ -444,7 +452,10 @@ def weight_only(model: ir.Model, target: str) -> tuple[dict[str, str], dict[str,
     ("model", "target", "kernel"),
     [
         (lambda: blocks("INT4", activation=False), "ort", "MatMulNBits"),
-        (lambda: blocks("INT8", activation=False), "ort", "MatMulNBits"),
+        pytest.param(
+            lambda: blocks("INT8", activation=False), "ort", "MatMulNBits",
+            marks=needs_runtime_1_24,
+        ),
         (lambda: blocks("INT4", rows=64, activation=False), "openvino", "FullyConnected"),
         (float_input, "ort", "Conv"),
         (lambda: blocks("INT4", activation=False), "tensorrt", "MatMul"),
@@ -457,6 +468,7 @@ def test_weights_alone_are_no_fall_back(
     assert weight_only(model(), target) == ({"y": kernel}, {})
 
 
+@needs_runtime_1_24
 def test_beside_integer_layers_a_float_input_is_a_fall_back_but_for_matmulnbits() -> None:
     made = Builder()
     first = made.node("Conv", [made.qdq("x", "in"), made.weight("w1", (4, 4, 3, 3))], "c1")
@@ -594,7 +606,10 @@ def test_unknown_shapes_give_no_share() -> None:
         (lambda: conv(opset=22), "1.21"),
         (lambda: conv({}, {"dtype": "INT2", "cast": True}, opset=25, ir_version=13), "1.24.4"),
         (lambda: conv(opset=26, ir_version=13), "1.25"),
-        (lambda: conv(opset=27, ir_version=14), None),
+        pytest.param(
+            lambda: conv(opset=27, ir_version=14), None,
+            marks=pytest.mark.skipif(onnx.IR_VERSION < 14, reason="onnx knows no IR version 14"),
+        ),
     ],
 )
 def test_the_oldest_release_that_loads_a_file(
@@ -819,7 +834,8 @@ def test_a_check_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_check_refuses_what_it_would_not_read(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--min-sqnr", "--max-drop", "--eval"):
         assert main(["in.onnx", "--check", option, "20"]) == 2
-        assert f"No such option: {option}" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "No such option" in told and option in told
 
 
 def test_samples_are_used_where_shapes_are_unknown(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from small_models import build, random_feeds, run
+from versions import RUNTIME
 
 from onnx_attnround import graph, qdq
 from onnx_attnround.calibrate import calibrate
@@ -30,7 +30,6 @@ from onnx_attnround.samples import open_samples
 from onnx_attnround.simplify import simplify
 from onnx_attnround.targets import WeightStorage
 
-RUNTIME = tuple(map(int, ort.__version__.split(".")[:2]))
 CONV = "Conv<pads=[1,1,1,1]>"
 CONSTANTS = (
     "float[4,4,3,3] w1, float[4,4,3,3] w2, float[4,4,1,1] w3, float[6,8,1,1] w8, "

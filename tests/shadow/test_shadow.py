@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.backend.test.case.node import collect_testcases
 from onnx.reference import ReferenceEvaluator
+from versions import RUNTIME
 
 from onnx_attnround.errors import ModelError
 from onnx_attnround.runtime.session import open_session
@@ -38,6 +39,10 @@ CASES, CASES_PASSED = 1884, 1198
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}
 # The expected values are written down with four decimals.
 ROUNDED_CASES = {"test_averagepool_2d_ceil_last_window_starts_on_pad": 1e-4}
+# Expected values that are NaN in onnx 1.20, and 0 in later releases, as here.
+CHANGED_CASES = {"test_l2normalization_axis_0"}
+# Forms that ONNX Runtime computes as ONNX defines them from 1.24 on.
+WRONG_BEFORE_1_24 = ("ceil_mode = 1, count_include_pad", 'mode = "wrap"', "softcap")
 # Ops that no node case covers; ORT_CASES below does.
 NO_NODE_CASE = {"GlobalLpPool"}
 
@@ -98,6 +103,8 @@ def test_node_cases() -> None:
                 failures.append(f"{case.name}: {error}")
         except Exception as error:
             failures.append(f"{case.name}: {type(error).__name__} {error}")
+    if len(cases) < CASES:
+        failures = [each for each in failures if each.split(":")[0] not in CHANGED_CASES]
     print(f"{len(cases)} cases: {passed['']} passed, {refused['']} refused")
     assert not failures, "\n".join(failures)
     if len(cases) < CASES:  # an older onnx, with fewer cases
@@ -267,6 +274,8 @@ def _same_as_ort(model: ir.Model, feeds: Mapping[str, Any], atol: float = 2e-6) 
 
 @pytest.mark.parametrize(("opset", "body", "shapes"), ORT_CASES)
 def test_forms_agree_with_onnx_runtime(opset: int, body: str, shapes: list[list[int]]) -> None:
+    if RUNTIME < (1, 24) and any(form in body for form in WRONG_BEFORE_1_24):
+        pytest.skip("ONNX Runtime 1.23 computes something else, against what ONNX defines")
     _same_as_ort(_model(opset, body, shapes), _feeds(shapes))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from small_models import build_proto
+from versions import needs_runtime_1_24
 
 from onnx_attnround import QuantizeResult, check_model, quantize
 from onnx_attnround.runtime.session import ACCURACY_LEVEL
@@ -36,6 +37,7 @@ def converted(columns: np.ndarray, folder: Path, **options: object) -> QuantizeR
     return quantize(folder / "in.onnx", {"x": x}, config, output=folder / "out.onnx")
 
 
+@needs_runtime_1_24
 def test_a_note_names_the_session_option(tmp_path: Path) -> None:
     notes = converted(FIRST, tmp_path).notes
     assert sum(f"session option {ACCURACY_LEVEL} set to 1" in note for note in notes) == 1
@@ -46,6 +48,7 @@ def test_even_columns_and_few_bits_need_no_note(tmp_path: Path) -> None:
     assert not any(ACCURACY_LEVEL in note for note in notes)
 
 
+@needs_runtime_1_24
 def test_the_check_of_a_file_tells_it_too(tmp_path: Path) -> None:
     assert converted(FAR, tmp_path).checked.findings
     x = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32) * FAR
