@@ -94,6 +94,8 @@ def exporter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_module_is_exported_in_evaluation_mode_for_any_batch(
     exporter: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
+    if exporter == "torch.export" and torch.__version__.startswith("2.6."):
+        pytest.skip("the exporter of torch 2.6 fails on a BatchNormalization in evaluation mode")
     module = Net()
     module.head.eval()
     image = torch.randn(3, 1, 8, 8)
