@@ -101,6 +101,7 @@ def static(model: Path, output: Path, calibration: Samples) -> None:
         quant_pre_process(str(model), str(prepared))
     except Exception:  # its inference of shapes gives up on symbols in many ways
         quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+        Path("sym_shape_infer_temp.onnx").unlink(missing_ok=True)  # which it leaves behind
     loaded = onnx.load(prepared)
     if next(each.version for each in loaded.opset_import if not each.domain) < CHANNELS_OPSET:
         onnx.save(onnx.version_converter.convert_version(loaded, CHANNELS_OPSET), prepared)

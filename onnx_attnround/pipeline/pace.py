@@ -70,6 +70,8 @@ def _judged(run: Run, variant: Variant, samples: Samples) -> dict[str, str]:
         return integer
     told = f"in integer the file runs at {_told(as_planned)} times the speed of the same in float"
     if min(_speeds(as_planned)) > (1 + MARGIN) * min(_speeds(alone)):
+        if not any(latency.slower for latency in as_planned):
+            return integer
         return integer | {
             "note": f"{told}, and with quantised weights alone at {_told(alone)} times: "
             "it stays in integer; `act_bits` 32 leaves activations float"

@@ -109,6 +109,14 @@ def test_where_nothing_helps_it_stays_in_integer_and_is_told_of(clock: Clock) ->
     assert "it stays in integer" in notes(result)[0]
 
 
+def test_a_gain_that_hides_in_noise_is_no_reason_for_a_note(clock: Clock) -> None:
+    timed = clock(1e-3, {1: 1.3, 16: 1.2}, {1: 1.0, 16: 1.0}, 0.5)
+    result = made()
+    assert len(timed) == 4
+    assert len(result.checked.fusion.integer) == 3
+    assert notes(result) == []
+
+
 @pytest.mark.parametrize("speed", [0.97, 1.0, 1.04])
 def test_codes_that_buy_no_time_are_not_made(speed: float, clock: Clock) -> None:
     clock(1e-3, {1: speed, 16: speed}, {1: 1.02, 16: 1.02}, 0.05)
