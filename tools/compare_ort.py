@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import platform
 import tempfile
 import time
@@ -95,13 +96,16 @@ def static(model: Path, output: Path, calibration: Samples) -> None:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = output.with_suffix(".prepared.onnx")
+    model, output = model.resolve(), output.resolve()
+    prepared, here = output.with_suffix(".prepared.onnx"), Path.cwd()
     logging.disable(logging.WARNING)
+    os.chdir(output.parent)  # the inference of shapes leaves files in the folder where it fails
     try:
         quant_pre_process(str(model), str(prepared))
-    except Exception:  # its inference of shapes gives up on symbols in many ways
+    except Exception:  # it gives up on symbols in many ways
         quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
-        Path("sym_shape_infer_temp.onnx").unlink(missing_ok=True)  # which it leaves behind
+    finally:
+        os.chdir(here)
     loaded = onnx.load(prepared)
     if next(each.version for each in loaded.opset_import if not each.domain) < CHANNELS_OPSET:
         onnx.save(onnx.version_converter.convert_version(loaded, CHANNELS_OPSET), prepared)
