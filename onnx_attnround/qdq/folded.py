@@ -46,29 +46,47 @@ def _reads_codes(node: ir.Node) -> bool:
 def _fold(graph: ir.Graph, layer: ir.Node) -> None:
     """Put ``Mul(Cast(codes), scale)`` in place of the DequantizeLinear of the weight."""
     weight = layer.inputs[1]
-    unpack = None if weight is None else weight.producer()
-    if weight is None or unpack is None or "block_size" in unpack.attributes:
+    node = None if weight is None else weight.producer()
+    if weight is None or node is None or "block_size" in node.attributes:
         return
-    codes, scale, point = unpack.inputs[:3]
+    codes, scale, point = node.inputs[:3]
     if codes is None or scale is None or point is None or scale.const_value is None:
         return
     values = scale.const_value.numpy()
     if values.ndim:
         shape = [1] * len(weight.shape or ())
-        shape[unpack.attributes.get_int("axis", 1)] = -1
+        shape[node.attributes.get_int("axis", 1)] = -1
         values = values.reshape(shape)
     scale.const_value = ir.tensor(values, name=scale.name)
     scale.shape = ir.Shape(values.shape)
-    to_float = {"to": int(ir.DataType.FLOAT)}
-    cast = ir.node("Cast", [codes], to_float, name=f"{layer.name}/weight/cast")
-    product = ir.node("Mul", [cast.outputs[0], scale], name=unpack.name)
-    cast.outputs[0].name = f"{codes.name}/float"
-    for value in (cast.outputs[0], product.outputs[0]):
-        value.shape, value.type = weight.shape, weight.type
-    graph.insert_before(unpack, [cast, product])
     name = weight.name
-    weight.replace_all_uses_with(product.outputs[0])
-    graph.remove(unpack, safe=True)
-    product.outputs[0].name = name
+    names = f"{layer.name}/weight/cast", node.name
+    unpacked = unpack(weight, codes, scale, before=node, names=names)
+    graph.remove(node, safe=True)
+    unpacked.name = name
     if not point.uses():
         del graph.initializers[point.name or ""]
+
+
+def unpack(
+    weight: ir.Value,
+    codes: ir.Value,
+    scale: ir.Value,
+    *,
+    before: ir.Node,
+    names: tuple[str | None, str | None],
+) -> ir.Value:
+    """Let the readers of ``weight`` read ``Mul(Cast(codes), scale)``, which is returned.
+
+    The two nodes, of these ``names``, come ``before`` another. The name of ``weight`` is
+    for the caller to give, once nothing else has it.
+    """
+    cast = ir.node("Cast", [codes], {"to": int(ir.DataType.FLOAT)}, name=names[0])
+    product = ir.node("Mul", [cast.outputs[0], scale], name=names[1])
+    cast.outputs[0].name, made = f"{codes.name}/float", product.outputs[0]
+    for value in (cast.outputs[0], made):
+        value.shape, value.type = weight.shape, weight.type or ir.TensorType(ir.DataType.FLOAT)
+    if before.graph is not None:
+        before.graph.insert_before(before, [cast, product])
+    weight.replace_all_uses_with(made)
+    return made

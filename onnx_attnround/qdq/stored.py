@@ -14,6 +14,8 @@ import onnx_ir as ir
 from onnx_attnround.graph import attributes_of
 from onnx_attnround.ops import WEIGHTED_OPS
 from onnx_attnround.qdq.arithmetic import quantize
+from onnx_attnround.qdq.folded import unpack
+from onnx_attnround.qdq.tables import Names
 from onnx_attnround.records import Array
 
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
@@ -44,19 +46,15 @@ def _store(node: ir.Node, weight: ir.Value) -> None:
     if graph is None or tensor is None:
         raise ValueError(f"weight '{weight.name}' of node '{node.name}' is no constant")
     codes, scale = _rounded(tensor.numpy(), _rows(node, len(tensor.shape)))
-    stored = _initializer(graph, f"{weight.name}/codes", codes)
-    step = _initializer(graph, f"{weight.name}/scale", scale)
-    to_float = {"to": int(ir.DataType.FLOAT)}
-    cast = ir.node("Cast", [stored], to_float, name=f"{weight.name}/cast")
-    product = ir.node("Mul", [cast.outputs[0], step], name=f"{weight.name}/unpack")
-    cast.outputs[0].name, unpacked = f"{weight.name}/float", product.outputs[0]
-    for value in (cast.outputs[0], unpacked):
-        value.shape, value.type = weight.shape, ir.TensorType(ir.DataType.FLOAT)
-    name = weight.name
-    weight.replace_all_uses_with(unpacked)
+    made = Names(graph)
+    stored, step = (
+        made.constant(f"{weight.name}/{end}", values)
+        for end, values in (("codes", codes), ("scale", scale))
+    )
+    names = f"{weight.name}/cast", f"{weight.name}/unpack"
+    unpacked, name = unpack(weight, stored, step, before=graph[0], names=names), weight.name
     del graph.initializers[name or ""]
     unpacked.name = name
-    graph.insert_before(graph[0], [cast, product])
 
 
 def _rows(node: ir.Node, rank: int) -> tuple[int, ...]:
@@ -75,15 +73,3 @@ def _rounded(values: Array, rows: tuple[int, ...]) -> tuple[Array, Array]:
     scale = np.maximum(peak / 127, np.finfo(np.float32).tiny).astype(np.float32)
     codes = quantize(values, scale, np.float32(0), -127, 127)
     return codes.astype(np.int8), scale
-
-
-def _initializer(graph: ir.Graph, name: str, values: Array) -> ir.Value:
-    tensor = ir.Tensor(values, name=name)
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(values.shape),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value

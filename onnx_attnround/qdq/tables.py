@@ -63,7 +63,7 @@ def _round_part(rows: Array, highest: int, shares: Collection[float]) -> tuple[A
 
 def _eight_bits(graph: ir.Graph, table: ir.Value, readers: Sequence[ir.Node]) -> None:
     codes, scales = round_rows(_values(table), 8)
-    names = _Names(graph)
+    names = Names(graph)
     constants = [names.constant(f"{table.name}/{end}", a) for end, a in _ends(codes, scales)]
     for node in readers:
         nodes = _Chain(names, node)
@@ -78,7 +78,7 @@ def _four_bits(graph: ir.Graph, table: ir.Value, readers: Sequence[ir.Node]) -> 
     values = _values(table)
     codes, scales = round_rows(values.reshape(len(values), -1, TABLE_BLOCK), 4)
     low, high = np.split((codes + 8).astype(np.uint8), 2, -1)
-    names = _Names(graph)
+    names = Names(graph)
     constants = [
         names.constant(f"{table.name}/{end}", a) for end, a in _ends(low | high << 4, scales)
     ]
@@ -111,7 +111,7 @@ def _values(table: ir.Value) -> Array:
     return values
 
 
-class _Names:
+class Names:
     """New constants and names of one graph."""
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -141,7 +141,7 @@ class _Names:
 class _Chain:
     """Nodes that turn what a Gather looks up into floats."""
 
-    def __init__(self, names: _Names, gather: ir.Node) -> None:
+    def __init__(self, names: Names, gather: ir.Node) -> None:
         self._names = names
         self._gather = gather
         self._nodes: list[ir.Node] = []

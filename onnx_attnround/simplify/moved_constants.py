@@ -14,9 +14,7 @@ from onnx_attnround.graph import is_standard
 from onnx_attnround.records import Array
 from onnx_attnround.simplify.constants import add_constant
 
-_MOVES = frozenset(
-    {"Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-)
+_MOVES = frozenset({"Concat", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops whose output has no number that their inputs have not, and no more of them together."""
 
 
