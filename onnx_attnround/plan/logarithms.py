@@ -7,10 +7,12 @@ make them negative, which is NaN behind the logarithm.
 
 from __future__ import annotations
 
+import math
+
 import onnx_ir as ir
 
 from onnx_attnround.graph import is_standard
-from onnx_attnround.ops import WEIGHTED_OPS
+from onnx_attnround.ops import WEIGHTED_OPS, clip_bounds
 
 LARGE = 0.1
 """A constant of this size in front of a logarithm keeps small values from telling anything."""
@@ -31,12 +33,18 @@ def before_logarithms(model: ir.Model) -> set[ir.Node]:
     found: set[ir.Node] = set()
     while waiting:
         node = waiting.pop()
-        if node in found or node.op_type not in _THROUGH or not is_standard(node):
+        known = node.op_type in _THROUGH and is_standard(node)
+        if node in found or not known or _saturates(node):
             continue
         found.add(node)
         makers = (value.producer() for value in node.inputs if value is not None)
         waiting += [maker for maker in makers if maker is not None and maker.graph is model.graph]
     return found
+
+
+def _saturates(node: ir.Node) -> bool:
+    """Whether this is a Clip with an upper bound: an activation, as the ReLU6 is."""
+    return node.op_type == "Clip" and math.isfinite(clip_bounds(node)[1])
 
 
 def _maker(log: ir.Node) -> ir.Node | None:
@@ -45,7 +53,9 @@ def _maker(log: ir.Node) -> ir.Node | None:
     node = None if x is None else x.producer()
     if node is None or node.op_type not in ("Add", "Max", "Clip"):
         return node
-    for value in node.inputs[1:2] if node.op_type == "Clip" else node.inputs:
+    if node.op_type == "Clip":
+        return None if clip_bounds(node)[0] >= LARGE else node
+    for value in node.inputs:
         tensor = None if value is None else value.const_value
         if tensor is not None and tensor.size and float(abs(tensor.numpy()).min()) >= LARGE:
             return None

@@ -54,9 +54,20 @@ def test_what_a_spectrum_is_made_by_stays_float(behind: str) -> None:
     assert [reason.startswith(REASON) for reason in plan.skipped.values()] == [True] * 3
 
 
-@pytest.mark.parametrize("behind", ["Add (f, one)", "Relu (f)", "Sigmoid (f)", "Clip (f, one)"])
+@pytest.mark.parametrize(
+    "behind", ["Add (f, one)", "Relu (f)", "Sigmoid (f)", "Clip (f, one)", "Clip (f, small, one)"]
+)
 def test_behind_an_activation_or_a_large_constant_nothing_is_lost(behind: str) -> None:
     assert layers(spectrum(behind)) == ["re", "im", "bank", "w"]
+
+
+def test_a_network_with_bounded_activations_is_quantised_as_ever() -> None:
+    text = """net (float[n, 8] x) => (float[n, 8] y)
+    <float[8, 32] v, float[32, 16] w, float[16, 8] u, float low = {0}, float high = {6},
+     float small = {1e-6}>
+    { a = MatMul (x, v) b = Clip (a, low, high) c = MatMul (b, w) d = Clip (c, low, high)
+      e = MatMul (d, u) f = Add (e, small) y = Log (f) }"""
+    assert layers(build(text)) == ["v", "w"]
 
 
 def test_who_includes_such_a_layer_has_it() -> None:
